@@ -1,0 +1,1287 @@
+"""The fog: a broker near its cars and stations. It serves MQTT, and finds free spots.
+
+                     cloud, other brokers                  people
+                            | TCP                            | HTTP
+        +-------------------v--------------------------------v------------+
+        |  4 the doors      one thread a connection, they only ask the fog |
+        |  3 the fog node   which stations are near, free, alive? who has  |
+        |     ^  |          asked? ONE coroutine finds a spot              |
+        |     |  v                                                         |
+        |  2 MQTT server    sessions and the topic tree, in the same loop  |
+        |  1 MQTT packets   bytes <-> fields                               |
+        +-------------^-------------------^-------------------------------+
+                      | MQTT              | MQTT
+                   stations             cars
+
+The fog node owns nothing that lasts. It knows what its stations last said, and asks one to
+hold a spot before it promises that spot to anybody. All state of chapters 2 and 3 is
+touched by one asyncio loop alone, so it needs no lock; what would block (the cloud, the
+other brokers) waits in threads of its own, that only hand back an answer.
+
+    python3 broker.py [NAME ...]       these brokers in one process; no name: all of them
+    python3 broker.py --external-mqtt  the same, with Mosquitto (or another) for chapters 1, 2
+
+Read next: station.py. Left out on purpose: MQTT 5, TLS, and anything kept on disk.
+"""
+
+import argparse
+import asyncio
+import base64
+import collections
+import dataclasses
+import functools
+import hashlib
+import heapq
+import http
+import http.server
+import io
+import itertools
+import json
+import math
+import secrets
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
+
+from paho.mqtt import client as paho
+
+import ring
+from cloud_server import (BACKLOG, LIMIT, RETRY, Door, Lines, Patience, Story, call,
+                          check_request, crash, explain_taken, give_up, has_room, is_id,
+                          is_reply, listening_address, outcome, refusal, search, start_up,
+                          until_stopped)
+from ring import City, is_name, is_number, need, read_json
+
+CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
+SLOW = 1024 * 1024          # bytes that may wait for a subscriber that does not read
+UNACKED = 10_000            # messages on their way to one connected client, or from it
+KEPT, KEPT_BYTES = 1_000, 512 * 1024    # messages kept for an absent client
+ABSENT = 1_000              # sessions of absent clients
+RETAINED_BYTES = 64 * 1024 * 1024   # payloads of all retained messages together
+FILTERS, LEVELS = 10_000, 200       # subscriptions of a client; levels of a topic filter
+
+STATION_WAIT = 0.5          # s a station has to answer a hold
+STATIONS_WAIT = 1.2         # s all stations of this broker together have
+OWN_WAIT = 3.0              # s a car's request may queue here before it goes on to the ring
+CLOUD_WAIT = 4.5            # s for the cloud: its walk takes at most 4
+REQUEST_WAIT = 8.8          # s a request may take in all: the car has its reply within 9
+SILENT = 10                 # s for which a silent station, or cloud, is left out
+HOLDS, HOLDS_STATION = 16, 4    # holds on their way at a time: of a broker, to one station
+WALKERS = 128               # requests that may wait for the cloud at the same time
+CARS = 10_000               # cars that a broker remembers
+HTTP_WAIT = 10              # s for a whole HTTP request to come in
+
+
+# ========================================================================================
+# 1. MQTT packets: bytes <-> fields
+# ========================================================================================
+#
+#   byte 0            bytes 1 to 4          the body
+#   +------+------+   +------------------+  +----------------------------------------+
+#   | type | flags|   | remaining length |  | fields of that type, then a payload    |
+#   +------+------+   +------------------+  +----------------------------------------+
+#    4 bits 4 bits     7 bits a byte; the highest bit says: another byte follows
+
+(CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
+ UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
+
+RESERVED_FLAGS = {PUBREL: 2, SUBSCRIBE: 2, UNSUBSCRIBE: 2}  # all others: 0 [MQTT-2.2.2-1]
+
+
+class ProtocolError(Exception):
+    """A client broke the standard: its connection is closed. [MQTT-4.8.0-1]"""
+
+
+def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
+    """A whole packet: fixed header, then the fields one after the other."""
+    body = b"".join(fields)
+    length, header = len(body), bytearray([kind << 4 | flags])
+    while length > 127:
+        header.append(length & 127 | 128)
+        length >>= 7
+    header.append(length)
+    return bytes(header) + body
+
+
+def find_body(buffer: bytearray, start: int) -> tuple[int, int] | None:
+    """Where the body of the packet at `start` begins and ends; None: not all there yet."""
+    length = 0
+    for count, byte in enumerate(buffer[start + 1:start + 5]):
+        length |= (byte & 127) << 7 * count
+        if byte < 128:
+            begin = start + count + 2
+            if begin + length - start > LIMIT:      # before a byte of it is waited for
+                raise ProtocolError("the packet is too long")
+            return (begin, begin + length) if begin + length <= len(buffer) else None
+    if len(buffer) >= start + 5:
+        raise ProtocolError("the length takes more than four bytes")
+    return None
+
+
+def pack_number(number: int) -> bytes:
+    return struct.pack(">H", number)
+
+
+def pack_text(text: str) -> bytes:
+    data = text.encode()
+    return pack_number(len(data)) + data
+
+
+class Body:
+    """The fields of a packet, taken off one after the other."""
+
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        piece = self.data[self.at:self.at + count]
+        if len(piece) < count:
+            raise ProtocolError("the packet ends in the middle of a field")
+        self.at += count
+        return piece
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def number(self) -> int:
+        return int.from_bytes(self.take(2), "big")
+
+    def binary(self) -> bytes:
+        return self.take(self.number())
+
+    def text(self) -> str:
+        return decode_text(self.binary())
+
+    def packet_id(self) -> int:
+        number = self.number()
+        if number == 0:     # [MQTT-2.3.1-1]
+            raise ProtocolError("packet identifier 0")
+        return number
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.at)
+
+    def end(self) -> None:
+        if self.at < len(self.data):
+            raise ProtocolError("bytes are left over in the packet")
+
+
+@functools.lru_cache(4096)      # the same few topics come again and again
+def decode_text(data: bytes) -> str:
+    try:
+        text = data.decode()    # Python's UTF-8 is strict: no surrogates [MQTT-1.5.3-1]
+    except UnicodeDecodeError:
+        raise ProtocolError("text that is not UTF-8") from None
+    if "\0" in text:            # [MQTT-1.5.3-2]
+        raise ProtocolError("text with a U+0000")
+    return text
+
+
+def check_topic(topic: str) -> str:
+    """A topic name: not empty [MQTT-4.7.3-1], without wildcards [MQTT-3.3.2-2]."""
+    if not topic or "+" in topic or "#" in topic:
+        raise ProtocolError(f"{topic!a:.80} is not a topic name")
+    return topic
+
+
+def check_filter(topic_filter: str) -> str:
+    """A topic filter: + fills a level [MQTT-4.7.1-3], # is the last one [MQTT-4.7.1-2]."""
+    *levels, last = topic_filter.split("/")
+    if (not topic_filter or any("#" in level for level in levels)
+            or any("+" in level and level != "+" for level in (*levels, last))
+            or "#" in last and last != "#"):
+        raise ProtocolError(f"{topic_filter!a:.80} is not a topic filter")
+    return topic_filter
+
+
+class Message:
+    """An application message on its way from a publisher to the subscribers."""
+    __slots__ = "topic", "payload", "qos", "plain"
+
+    def __init__(self, topic: str, payload: bytes, qos: int):
+        self.topic, self.payload, self.qos = topic, payload, qos
+        self.plain = None       # its QoS 0 packet, encoded once for all who want it
+
+    def packet(self, qos=0, packet_id=0, retain=False, dup=False) -> bytes:
+        if qos == 0 and not retain:
+            self.plain = self.plain or encode(PUBLISH, pack_text(self.topic), self.payload)
+            return self.plain
+        return encode(PUBLISH, pack_text(self.topic), pack_number(packet_id) if qos else b"",
+                      self.payload, flags=dup << 3 | qos << 1 | retain)
+
+
+# ========================================================================================
+# 2. The MQTT server: the topic tree, sessions, connections
+# ========================================================================================
+
+class TopicTree:
+    """Who subscribes to what: a node for each level, so a message costs its depth to match.
+
+        server1 -- cars -- + -- request   {fog: 1}
+                     |     +--- plug -- P1   {P1: 1}
+                     +-- car1 -- reply   {car1: 1}
+    """
+
+    def __init__(self):
+        self.children: dict[str, TopicTree] = {}
+        self.subscribers: dict = {}     # subscriber: the QoS granted to it
+
+    def add(self, topic_filter: str, subscriber, qos: int) -> None:
+        node = self
+        for level in topic_filter.split("/"):
+            node = node.children.setdefault(level, TopicTree())
+        node.subscribers[subscriber] = qos      # a second time replaces [MQTT-3.8.4-3]
+
+    def remove(self, topic_filter: str, subscriber) -> None:
+        path, node = [], self
+        for level in topic_filter.split("/"):
+            path.append((node, level))
+            node = node.children[level]
+        del node.subscribers[subscriber]
+        for parent, level in reversed(path):    # leave no empty branches behind
+            if parent.children[level].children or parent.children[level].subscribers:
+                break
+            del parent.children[level]
+
+    def match(self, topic: str) -> dict:
+        """Each subscriber once, with the highest QoS of its filters that match."""
+        ends, nodes = [], [self]        # level by level: no recursion, however deep
+        wild = not topic.startswith("$")        # [MQTT-4.7.2-1]
+        for level in topic.split("/"):
+            below = []
+            for children in [node.children for node in nodes]:
+                if level in children:
+                    below.append(children[level])
+                if wild and "+" in children:
+                    below.append(children["+"])
+                if wild and "#" in children:
+                    ends.append(children["#"])
+            nodes, wild = below, True
+        ends += nodes
+        ends += [node.children["#"] for node in nodes if "#" in node.children]  # a/# has a
+        found = {}
+        for node in ends:
+            for subscriber, qos in node.subscribers.items():
+                found[subscriber] = max(qos, found.get(subscriber, 0))
+        return found
+
+
+@dataclasses.dataclass(eq=False)
+class Outgoing:
+    """A QoS 1 or 2 message that its receiver has not acknowledged to the end."""
+    message: Message
+    qos: int
+    retain: bool
+    sent: bool = False          # then sending it again is a duplicate: DUP [MQTT-3.3.1-1]
+    released: bool = False      # QoS 2: PUBREC has come, PUBREL is what to send again
+
+    def packet(self, packet_id: int) -> bytes:
+        if self.released:
+            return encode(PUBREL, pack_number(packet_id), flags=2)
+        packet = self.message.packet(self.qos, packet_id, self.retain, dup=self.sent)
+        self.sent = True
+        return packet
+
+
+class Session:
+    """What the server knows of one client id. With clean_session off it outlives the
+    connection, and what arrives meanwhile is kept (within bounds, the oldest goes first).
+    """
+
+    def __init__(self, client_id: str, clean: bool):
+        self.client_id, self.clean = client_id, clean
+        self.connection: Connection | None = None
+        self.filters: set[str] = set()
+        self.unacked: dict[int, Outgoing] = collections.OrderedDict()   # [MQTT-4.6.0-1]
+        self.kept_bytes = 0                     # of their payloads
+        self.received: set[int] = set()         # QoS 2 identifiers not yet released
+        self.last_id = 0
+
+    def deliver(self, message: Message, granted: int, retain: bool = False) -> None:
+        """Send or keep a message: the lower QoS of publisher and subscriber counts."""
+        qos = min(granted, message.qos)         # [MQTT-3.8.4-6]
+        if qos == 0:
+            if self.connection:
+                self.connection.send(message.packet(retain=retain))
+            return
+        packet_id = self.next_id()
+        outgoing = self.unacked[packet_id] = Outgoing(message, qos, retain)
+        self.kept_bytes += len(message.payload)
+        if not self.connection:
+            self.keep_bounds()
+        elif len(self.unacked) > UNACKED:
+            self.connection.close("acknowledges nothing")
+        else:
+            self.connection.send(outgoing.packet(packet_id))
+
+    def next_id(self) -> int:
+        """The next packet identifier that is not in use. [MQTT-2.3.1-2]"""
+        while True:
+            self.last_id = self.last_id % 65535 + 1
+            if self.last_id not in self.unacked:
+                return self.last_id
+
+    def keep_bounds(self) -> None:
+        """An absent client's messages: so many and no more, the oldest go first."""
+        while len(self.unacked) > KEPT or self.kept_bytes > KEPT_BYTES:
+            self.settle(next(iter(self.unacked)))
+
+    def settle(self, packet_id: int) -> None:
+        """Forget a message: its receiver has it for good, or has been away too long."""
+        self.kept_bytes -= len(self.unacked.pop(packet_id).message.payload)
+
+
+class Connection(asyncio.Protocol):
+    """One client's socket. The loop calls data_received; each packet meets its do_..."""
+
+    def __init__(self, server: "MqttServer"):
+        self.server = server
+        self.session: Session | None = None     # from CONNECT on
+        self.will: tuple | None = None          # topic, payload, QoS, retain
+        self.buffer, self.out = bytearray(), []
+        self.waiting = 0                        # bytes in `out`
+        self.closed = False
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        self.peer = transport.get_extra_info("peername", ("?",))[0]
+        self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
+        self.server.connections.add(self)
+        if not has_room(transport.get_extra_info("socket")):
+            self.close("turned away: too many open connections")
+
+    def connection_lost(self, error) -> None:
+        self.close("vanished" if error is None else f"vanished: {error}")
+
+    def data_received(self, data: bytes) -> None:
+        """Cut whole packets off what has come; one read may hold half a packet, or many."""
+        buffer, at = self.buffer, 0
+        buffer += data
+        try:
+            while len(buffer) > at + 1 and (found := find_body(buffer, at)):
+                if self.closed:
+                    return
+                begin, end = found
+                self.handle(buffer[at] >> 4, buffer[at] & 15, bytes(buffer[begin:end]))
+                at = end
+        except ProtocolError as fault:
+            self.close(f"broke the protocol: {fault}")
+        if at:
+            del buffer[:at]
+            self.deadline = time.monotonic() + self.patience    # [MQTT-3.1.2-24]
+
+    def handle(self, kind: int, flags: int, body: bytes) -> None:
+        if (kind == CONNECT) == bool(self.session):     # [MQTT-3.1.0-1], [MQTT-3.1.0-2]
+            raise ProtocolError("a first packet must be CONNECT, and no other one")
+        if kind == PUBLISH:
+            self.do_publish(flags, Body(body))
+        elif kind not in self.HANDLERS:
+            raise ProtocolError(f"packet type {kind} is not for a server")
+        elif flags != RESERVED_FLAGS.get(kind, 0):      # [MQTT-2.2.2-2]
+            raise ProtocolError("reserved flags")
+        else:
+            fields = Body(body)
+            self.HANDLERS[kind](self, fields)
+            fields.end()
+
+    def do_connect(self, body: Body) -> None:
+        """protocol name | level | flags | keepalive | client id | will | user | password"""
+        if body.text() != "MQTT":               # [MQTT-3.1.2-1]
+            raise ProtocolError("this is not MQTT")
+        if body.byte() != 4:
+            return self.refuse(1, "wants another version of MQTT")  # [MQTT-3.1.2-2]
+        flags, keepalive = body.byte(), body.number()
+        user, password, retain, qos, will, clean = (
+            flags >> 7, flags >> 6 & 1, flags >> 5 & 1, flags >> 3 & 3, flags >> 2 & 1,
+            bool(flags & 2))
+        if flags & 1 or qos == 3 or not will and (qos or retain) or password and not user:
+            raise ProtocolError("impossible flags")     # [MQTT-3.1.2-3, 11 to 15, 22]
+        client_id = body.text()
+        if will:
+            self.will = check_topic(body.text()), body.binary(), qos, bool(retain)
+        user = body.text() if user else None
+        password = body.binary() if password else None
+        body.end()
+        if not client_id and not clean:         # [MQTT-3.1.3-8]
+            return self.refuse(2, "has neither a client id nor a clean session")
+        client_id = client_id or f"auto-{secrets.token_hex(8)}"     # [MQTT-3.1.3-6]
+        if will and not self.server.may_publish(client_id, self.will[0]):
+            return self.refuse(5, "has a will in another's name")
+        self.patience = keepalive * 1.5 or math.inf     # [MQTT-3.1.2-24]
+        self.server.open_session(self, client_id, clean)
+
+    def refuse(self, code: int, why: str) -> None:
+        self.send(encode(CONNACK, bytes([0, code])))    # no session present [MQTT-3.2.2-4]
+        self.will = None
+        self.close(f"refused: {why}")                   # [MQTT-3.2.2-5]
+
+    def do_publish(self, flags: int, body: Body) -> None:
+        qos, retain = flags >> 1 & 3, flags & 1
+        if qos == 3 or qos == 0 and flags & 8:  # [MQTT-3.3.1-4], [MQTT-3.3.1-2]
+            raise ProtocolError("impossible QoS or DUP")
+        topic = check_topic(body.text())
+        packet_id = body.packet_id() if qos else 0
+        if not self.server.may_publish(self.session.client_id, topic):
+            raise ProtocolError(f"may not publish {topic!a:.99}")
+        received = self.session.received
+        if qos < 2 or packet_id not in received:        # else it is sent again
+            self.server.publish(topic, body.rest(), qos, retain)
+        if qos == 1:
+            self.send(encode(PUBACK, pack_number(packet_id)))       # [MQTT-4.3.2-2]
+        elif qos == 2:
+            received.add(packet_id)             # until PUBREL, once only [MQTT-4.3.3-2]
+            self.send(encode(PUBREC, pack_number(packet_id)))
+            if len(received) > UNACKED:
+                self.close("releases nothing")
+
+    def do_puback(self, body: Body) -> None:
+        self.settle(body.packet_id(), qos=1, released=False)
+
+    def do_pubrec(self, body: Body) -> None:
+        packet_id = body.packet_id()
+        if outgoing := self.session.unacked.get(packet_id):
+            if outgoing.qos != 2:
+                raise ProtocolError("PUBREC for a message of QoS 1")
+            outgoing.released = True
+        self.send(encode(PUBREL, pack_number(packet_id), flags=2))  # [MQTT-4.3.3-1]
+
+    def do_pubrel(self, body: Body) -> None:
+        packet_id = body.packet_id()
+        self.session.received.discard(packet_id)
+        self.send(encode(PUBCOMP, pack_number(packet_id)))          # [MQTT-4.3.3-2]
+
+    def do_pubcomp(self, body: Body) -> None:
+        self.settle(body.packet_id(), qos=2, released=True)
+
+    def settle(self, packet_id: int, qos: int, released: bool) -> None:
+        if outgoing := self.session.unacked.get(packet_id):
+            if (outgoing.qos, outgoing.released) != (qos, released):
+                raise ProtocolError("the wrong acknowledgement")
+            self.session.settle(packet_id)
+
+    def do_subscribe(self, body: Body) -> None:
+        packet_id, wanted = body.packet_id(), []
+        while not wanted or body.at < len(body.data):   # at least one [MQTT-3.8.3-3]
+            wanted.append((check_filter(body.text()), body.byte()))
+        if any(qos > 2 for _, qos in wanted):           # [MQTT-3-8.3-4]
+            raise ProtocolError("impossible QoS")
+        codes = [self.server.subscribe(self.session, *pair) for pair in wanted]
+        self.send(encode(SUBACK, pack_number(packet_id), bytes(codes)))  # [MQTT-3.8.4-5]
+        for (topic_filter, qos), code in zip(wanted, codes):
+            if code == qos:
+                self.server.send_retained(self.session, topic_filter, qos)
+
+    def do_unsubscribe(self, body: Body) -> None:
+        packet_id = body.packet_id()
+        filters = [check_filter(body.text())]           # at least one [MQTT-3.10.3-2]
+        while body.at < len(body.data):
+            filters.append(check_filter(body.text()))
+        for topic_filter in filters:
+            self.server.unsubscribe(self.session, topic_filter)
+        self.send(encode(UNSUBACK, pack_number(packet_id)))         # [MQTT-3.10.4-5]
+
+    def do_pingreq(self, body: Body) -> None:
+        self.send(encode(PINGRESP))             # [MQTT-3.12.4-1]
+
+    def do_disconnect(self, body: Body) -> None:
+        body.end()
+        self.will = None                        # [MQTT-3.1.2-10]
+        self.close("said goodbye")
+
+    HANDLERS = {CONNECT: do_connect, PUBACK: do_puback, PUBREC: do_pubrec,
+                PUBREL: do_pubrel, PUBCOMP: do_pubcomp, SUBSCRIBE: do_subscribe,
+                UNSUBSCRIBE: do_unsubscribe, PINGREQ: do_pingreq,
+                DISCONNECT: do_disconnect}
+
+    def send(self, packet: bytes) -> None:
+        """Collect what goes out; one system call sends it when the loop comes round."""
+        if self.closed:
+            return
+        if not self.out:
+            self.server.loop.call_soon(self.flush)
+        self.out.append(packet)
+        self.waiting += len(packet)
+        if self.waiting > LIMIT:
+            self.flush()
+            if self.transport.get_write_buffer_size() > SLOW:
+                self.close("reads too slowly")
+
+    def flush(self) -> None:
+        if self.out:
+            self.transport.write(b"".join(self.out))
+            self.out.clear()
+            self.waiting = 0
+
+    def close(self, why: str) -> None:
+        """However a connection ends, it ends here, and once: the will, then the session."""
+        if self.closed:
+            return
+        self.flush()
+        self.closed = True
+        self.server.connections.discard(self)
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()      # whoever does not read does not get the rest
+        else:
+            self.transport.close()
+        self.server.close_session(self, why)
+
+
+class MqttServer:
+    """Sessions, subscriptions and retained messages of one broker, touched by the loop only.
+
+    The fog node needs two methods of it, `subscribe_inside` and `publish`.
+    """
+
+    def __init__(self, brokers: set[str], tell: Story):
+        self.brokers, self.tell = brokers, tell
+        self.connections: set[Connection] = set()
+        self.sessions: dict[str, Session] = {}
+        self.absent: dict[str, Session] = collections.OrderedDict()     # longest away first
+        self.tree = TopicTree()
+        self.retained: dict[str, Message] = {}
+        self.retained_bytes = 0
+
+    async def serve(self, host: str, port: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        with explain_taken(host, port):
+            family, address = listening_address(host, port, self.tell)
+            await self.loop.create_server(lambda: Connection(self), *address[:2],
+                                          family=family, backlog=BACKLOG)
+        spawn(self.watch())
+
+    async def watch(self) -> None:
+        """Cut off whoever has not said a whole packet in its time."""
+        while True:
+            await asyncio.sleep(0.5)
+            now = time.monotonic()
+            for connection in [c for c in self.connections if c.deadline < now]:
+                connection.close("was silent for too long")
+
+    def may_publish(self, client_id: str, topic: str) -> bool:
+        """Below a broker's name a client speaks as itself, or for its fleet, ID-..."""
+        name, *levels = topic.split("/")
+        return name not in self.brokers or (
+            len(levels) > 2 and levels[0] in ("cars", "stations")
+            and (levels[1] == client_id or levels[1].startswith(client_id + "-")))
+
+    def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
+        session = self.sessions.get(client_id)
+        if session and session.connection:
+            session.connection.close("was taken over")      # [MQTT-3.1.4-2]
+            session = self.sessions.get(client_id)
+        if session and (clean or session.clean):            # [MQTT-3.1.2-6]
+            self.drop(session)
+            session = None
+        present = session is not None
+        session = session or Session(client_id, clean)
+        self.sessions[client_id] = session
+        self.absent.pop(client_id, None)
+        session.connection, connection.session = connection, session
+        connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1 to 3]
+        for packet_id, outgoing in list(session.unacked.items()):   # [MQTT-4.4.0-1]
+            connection.send(outgoing.packet(packet_id))
+        self.tell(f"<- {client_id:<8} connects{' again' * present}")
+
+    def close_session(self, connection: Connection, why: str) -> None:
+        session = connection.session
+        self.tell(f"<- {session.client_id if session else connection.peer:<8} {why}")
+        if session:
+            session.connection = None
+            if session.clean:
+                self.drop(session)
+            else:
+                self.absent[session.client_id] = session
+                session.keep_bounds()
+            if len(self.absent) > ABSENT:
+                self.drop(next(iter(self.absent.values())))
+        if session and connection.will:
+            self.publish(*connection.will)                  # [MQTT-3.1.2-8]
+
+    def drop(self, session: Session) -> None:
+        for topic_filter in session.filters:
+            self.tree.remove(topic_filter, session)
+        self.absent.pop(session.client_id, None)
+        del self.sessions[session.client_id]
+
+    def subscribe(self, session: Session, topic_filter: str, qos: int) -> int:
+        """Returns the QoS granted, or 0x80: too many, or too deep."""
+        if len(session.filters) >= FILTERS or topic_filter.count("/") >= LEVELS:
+            return 0x80
+        session.filters.add(topic_filter)
+        self.tree.add(topic_filter, session, qos)
+        return qos
+
+    def unsubscribe(self, session: Session, topic_filter: str) -> None:
+        if topic_filter in session.filters:
+            session.filters.discard(topic_filter)
+            self.tree.remove(topic_filter, session)
+
+    def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
+        """`callback(topic, payload)` for each message: a subscriber without a socket."""
+        self.tree.add(topic_filter, Inside(callback), 0)
+
+    def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
+        """To a new subscription, with the retain flag. [MQTT-3.3.1-6], [MQTT-3.3.1-8]"""
+        if "+" in topic_filter or "#" in topic_filter:
+            tree = TopicTree()
+            tree.add(topic_filter, session, qos)
+            messages = [m for topic, m in self.retained.items() if tree.match(topic)]
+        else:
+            messages = [m for m in [self.retained.get(topic_filter)] if m]
+        for message in messages:
+            session.deliver(message, qos, retain=True)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
+        message = Message(topic, payload, qos)
+        if retain:
+            self.retain(message)
+        for subscriber, granted in self.tree.match(topic).items():
+            subscriber.deliver(message, granted)    # retain flag off [MQTT-3.3.1-9]
+
+    def retain(self, message: Message) -> None:
+        """Replace what was kept for the topic [MQTT-3.3.1-5]; an empty one deletes it."""
+        if old := self.retained.pop(message.topic, None):
+            self.retained_bytes -= len(old.payload)
+        if not message.payload:                     # [MQTT-3.3.1-10, 11]
+            return
+        if self.retained_bytes + len(message.payload) > RETAINED_BYTES:
+            return self.tell(f"cannot retain {message.topic!a:.80}: memory is full")
+        self.retained[message.topic] = message
+        self.retained_bytes += len(message.payload)
+
+
+class Inside:
+    """A subscriber inside the server: a function in the place of a socket."""
+
+    def __init__(self, callback: Callable):
+        self.callback = callback
+
+    def deliver(self, message: Message, granted: int) -> None:
+        self.callback(message.topic, message.payload)
+
+
+def spawn(coroutine) -> asyncio.Task:
+    """A task whose fault is not forgotten."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    TASKS.add(task)                 # the loop itself keeps only a weak reference
+    task.add_done_callback(end_task)
+    return task
+
+
+def end_task(task: asyncio.Task) -> None:
+    TASKS.discard(task)
+    if not task.cancelled() and task.exception():
+        crash(task.exception())
+
+
+TASKS: set[asyncio.Task] = set()    # touched by the loop only
+
+
+# ========================================================================================
+# 3. The fog node: what is near, free and alive
+# ========================================================================================
+
+@dataclasses.dataclass
+class Station:
+    """What one of the broker's own stations last said."""
+    state: dict                     # as in the contract's B/stations/P/state
+    online: bool = False
+    silent_until: float = 0.0       # it let a hold go unanswered: offline until then
+    turns: asyncio.Semaphore = dataclasses.field(
+        default_factory=lambda: asyncio.Semaphore(HOLDS_STATION))
+    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+    def is_online(self) -> bool:
+        return self.online and time.monotonic() >= self.silent_until
+
+    def may_have_a_spot(self, car: str) -> bool:
+        return self.is_online() and (self.state["free"] > 0 or car in self.state["cars"])
+
+
+class Map:
+    """The roads of the city. Distances in km."""
+
+    def __init__(self, city: City):
+        self.city, self.roads = city, {place: {} for place in city.places}
+        for a, b in city.roads:
+            self.roads[a][b] = self.roads[b][a] = city.km(a, b)
+
+    def routes(self, start: str) -> dict[str, tuple[float, list[str]]]:
+        """Dijkstra: the shortest way from `start` to each place that can be reached.
+
+        {"P3": (7.3, ["A", "C", "P3"]), ...}, the nearest first.
+        """
+        found, edge = {}, [(0.0, [start])]
+        while edge:
+            km, route = heapq.heappop(edge)
+            if route[-1] not in found:
+                found[route[-1]] = km, route
+                for place, length in self.roads[route[-1]].items():
+                    if place not in found:
+                        heapq.heappush(edge, (km + length, [*route, place]))
+        return found
+
+    @functools.lru_cache(1024)
+    def stations(self, start: str) -> list[tuple[float, str, list[str]]]:
+        """(km, station, route) of every station that can be reached, the nearest first."""
+        return [(km, place, route) for place, (km, route) in self.routes(start).items()
+                if "spots" in self.city.places[place]]
+
+
+class Fog:
+    """A broker's table of stations and cars, and the search for a spot.
+
+    Touched by the loop only; `walk_ring` alone runs in other threads, and shares with the
+    loop nothing but `cloud_silent_until`, a float that is only ever replaced.
+    """
+
+    def __init__(self, name: str, city: City, city_map: Map, tell: Story):
+        self.name, self.city, self.map, self.tell = name, city, city_map, tell
+        self.stations = {
+            station: Station({"station": station, "spots": city.places[station]["spots"],
+                              "free": 0, "cars": {}}) for station in city.stations(name)}
+        self.cars: dict[str, dict] = {}             # their states
+        self.requests = {"local": 0, "ring": 0, "refused": 0}
+        self.holds: dict[str, tuple[str, asyncio.Future]] = {}  # on their way: id -> station
+        self.turns = asyncio.Semaphore(HOLDS)
+        self.numbers = itertools.count(time.time_ns())  # never used twice, nor after a restart
+        self.asked: dict[str, Asked] = collections.OrderedDict()    # each car's last request
+        self.cloud_silent_until = 0.0
+        self.walkers = ThreadPoolExecutor(WALKERS)
+
+    def attach(self, mqtt) -> None:
+        """Subscribe to what the fog node hears; `mqtt` is a server of ours or another's."""
+        self.mqtt = mqtt
+        for topic, hear in (("cars/+/request", self.on_request), ("cars/+/state", self.on_car),
+                            ("cars/+/leave/+", self.on_leave), ("stations/+/held", self.on_held),
+                            ("stations/+/state", self.on_state),
+                            ("stations/+/online", self.on_online)):
+            mqtt.subscribe_inside(f"{self.name}/{topic}", functools.partial(self.hear, hear))
+
+    def hear(self, on_message: Callable, topic: str, payload: bytes) -> None:
+        """Nonsense is told in one line, and never stops us."""
+        name = topic[len(self.name) + 1:].split("/")[1]
+        try:
+            on_message(name, payload)
+        except ValueError as fault:
+            self.tell(f"<- {name!a:.66} {topic.split('/')[-1]!a:.66} makes no sense: {fault!s:.99}")
+
+    def send(self, topic: str, message: dict) -> None:
+        self.mqtt.publish(f"{self.name}/{topic}", json.dumps(message).encode(), qos=1)
+
+    # --- what cars say
+
+    def on_request(self, car: str, payload: bytes) -> None:
+        request_id = None
+        try:
+            request = read_object(payload) | {"car": car}
+            request_id = request.get("id") if is_id(request.get("id")) else None
+            check_request(self.city, request)
+        except ValueError as fault:
+            self.send(f"cars/{car}/reply", refusal(request_id, f"bad request: {fault}",
+                                                   [self.name]))
+            raise
+        spawn(self.reply(request))
+
+    async def reply(self, request: dict) -> None:
+        reply = await self.answer(request)
+        self.send(f"cars/{request['car']}/reply", reply)
+
+    def on_car(self, car: str, payload: bytes) -> None:
+        if not payload:             # it has gone to another broker
+            self.cars.pop(car, None)
+            return
+        state = read_object(payload)
+        need(is_name(car) and state.get("car") == car, "not a car's own state")
+        need(isinstance(state.get("at"), str) and state["at"] in self.city.places, "at?")
+        need(is_number(state.get("battery"), 0, 100), "battery?")
+        need(state.get("doing") in ("driving", "asking", "waiting", "going", "charging",
+                                    "offline"), "doing?")
+        self.cars.pop(car, None)
+        self.cars[car] = {key: state[key] for key in ("car", "at", "battery", "doing")}
+        if len(self.cars) > CARS:
+            del self.cars[next(iter(self.cars))]
+
+    def on_leave(self, car: str, payload: bytes) -> None:
+        self.forget(car)
+
+    def forget(self, car: str) -> None:
+        """The car has what it asked for, or wants it no more: its next request is new."""
+        if car in self.asked and self.asked[car].task.done():
+            del self.asked[car]
+
+    # --- what stations say
+
+    def station(self, name: str) -> Station:
+        """The station that speaks: so it is alive."""
+        need(name in self.stations, "not a station of this broker")
+        self.stations[name].silent_until = 0.0
+        return self.stations[name]
+
+    def on_held(self, name: str, payload: bytes) -> None:
+        self.station(name)
+        held = read_object(payload)
+        need(is_id(held.get("id"), 200) and isinstance(held.get("ok"), bool), "id? ok?")
+        need(not held["ok"] or is_number(held.get("hold"), 0, 1e6)
+             and is_number(held.get("lease"), 0, 1e6), "hold? lease?")
+        station, answer = self.holds.get(held["id"], (None, None))
+        if station == name and not answer.done():
+            answer.set_result(held)
+        elif held["ok"]:
+            self.tell(f"-> {name:<8} {held['id'].split('@')[0]} that yes came too late: undone")
+            self.send(f"stations/{name}/release", {"id": held["id"]})
+
+    def on_state(self, name: str, payload: bytes) -> None:
+        station, state = self.station(name), read_object(payload)
+        spots, free, cars = state.get("spots"), state.get("free"), state.get("cars")
+        need(state.get("station") == name, "not a station's own state")
+        need(type(spots) is int and 1 <= spots <= 1000, "spots?")
+        need(type(free) is int and 0 <= free <= spots, "free?")
+        need(isinstance(cars, dict) and len(cars) <= spots and all(
+            is_name(car) and use in ("held", "charging") for car, use in cars.items()), "cars?")
+        station.state = {"station": name, "spots": spots, "free": free, "cars": cars}
+        station.changed.set()
+
+    def on_online(self, name: str, payload: bytes) -> None:
+        station, online = self.station(name), read_json(payload)
+        need(isinstance(online, bool), "true or false?")
+        if station.online != online:
+            self.tell(f"<- {name:<8} is {'online' if online else 'offline'}")
+        station.online = online
+
+    # --- the search
+
+    def answer(self, request: dict) -> asyncio.Future:
+        """The reply to a car, from MQTT or HTTP: for the same id, the same one again."""
+        car, request_id = request["car"], request["id"]
+        before = self.asked.pop(car, None)
+        if not before or before.request_id != request_id or before.is_stale():
+            after = before.task if before else None
+            before = Asked(request_id, spawn(self.serve(request, after)))
+        self.asked[car] = before                    # the youngest last
+        if len(self.asked) > CARS:
+            del self.asked[next(iter(self.asked))]
+        return before.task
+
+    async def serve(self, request: dict, after: asyncio.Task | None) -> dict:
+        """One request from its arrival to its reply; a car's own, one after the other."""
+        end = time.monotonic() + REQUEST_WAIT
+        car, request_id = request["car"], request["id"]
+        self.tell(f"<- {car:<8} {request_id} asks for a spot at {request['at']} "
+                  f"(range {request['range']:g} km)")
+        if after and not after.done():
+            await asyncio.wait([after], timeout=REQUEST_WAIT - STATIONS_WAIT)
+        reply, _ = await self.find_spot(request, end)
+        kind = "refused"
+        if reply["station"]:
+            kind = "local" if reply["broker"] == self.name else "ring"
+        self.requests[kind] += 1
+        self.tell(f"-> {car:<8} {request_id} {outcome(reply)}")
+        return reply
+
+    async def find_spot(self, request: dict, end: float, ring=True) -> tuple[dict, str]:
+        """The nearest free spot: among our own stations, then (if `ring`) round the ring.
+
+        Returns the reply, and the id of the hold if the spot is one of ours.
+        """
+        near = [found for found in self.map.stations(request["at"])
+                if found[0] <= request["range"]]
+        if not near:
+            return refusal(request["id"], "out of range", [self.name]), ""
+        patience, queue_end = STATIONS_WAIT, min(end, time.monotonic() + OWN_WAIT)
+        for km, name, route in near:
+            if (name not in self.stations or patience <= 0 or time.monotonic() > queue_end
+                    or not self.stations[name].may_have_a_spot(request["car"])):
+                continue
+            hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
+            held = await self.hold(name, hold_id, request, min(STATION_WAIT, patience))
+            if held is None:
+                patience -= STATION_WAIT
+            elif held["ok"]:
+                return {"id": request["id"], "station": name, "broker": self.name,
+                        "route": route, "km": round(km, 3), "hold": held["hold"],
+                        "lease": held["lease"], "asked": [self.name]}, hold_id
+        if not ring:
+            return refusal(request["id"], "full", [self.name]), ""
+        reply = await asyncio.get_running_loop().run_in_executor(
+            self.walkers, self.walk_ring, request, end)
+        return reply | {"asked": [self.name, *reply["asked"]]}, ""
+
+    async def hold(self, name: str, hold_id: str, request: dict, wait: float) -> dict | None:
+        """Ask a station to keep a spot: {"ok": ...}, or None if it does not answer in time."""
+        station, loop = self.stations[name], asyncio.get_running_loop()
+        async with station.turns, self.turns:
+            if not station.may_have_a_spot(request["car"]):     # no longer
+                return {"ok": False}
+            answer = loop.create_future()
+            self.holds[hold_id] = name, answer
+            timer = loop.call_later(wait, lambda: answer.done() or answer.set_result(None))
+            try:
+                self.send(f"stations/{name}/hold", {"id": hold_id, "car": request["car"]})
+                held = await answer
+            finally:
+                timer.cancel()
+                del self.holds[hold_id]
+        if held is None:
+            station.silent_until = time.monotonic() + SILENT
+            self.tell(f"<- {name:<8} {request['id']} no answer: counts as offline")
+        return held
+
+    def walk_ring(self, request: dict, end: float) -> dict:
+        """Ask the cloud, or walk by ourselves without it. In a thread of its own."""
+        request = request | {"broker": self.name}
+        if time.monotonic() >= self.cloud_silent_until:
+            self.tell(f"-> cloud    {request['id']} no spot here: who has one?")
+            reply = call(*self.city.cloud, request | {"op": "search"}, CLOUD_WAIT)
+            if is_reply(self.city, reply, request["id"]) and "asked" in reply:
+                self.tell(f"<- cloud    {request['id']} {outcome(reply)}")
+                return reply
+            self.cloud_silent_until = time.monotonic() + SILENT
+            self.tell(f"<- cloud    {request['id']} no answer: without it for {SILENT} s")
+        return search(self.city, request, self.tell, min(ring.WALK, end - time.monotonic()))
+
+    # --- what the doors ask for
+
+    async def give_back(self, car: str) -> bool:
+        """Give the car's held spots back; has it one? Waits until the stations say so."""
+        self.forget(car)
+        keeping = [(name, station) for name, station in self.stations.items()
+                   if station.state["cars"].get(car) == "held"]
+        for name, station in keeping:
+            station.changed.clear()
+            self.send(f"stations/{name}/release", {"car": car})
+        for name, station in keeping:
+            await asyncio.wait([spawn(station.changed.wait())], timeout=STATION_WAIT)
+        return bool(keeping)
+
+    async def status(self) -> dict:
+        return {"broker": self.name, "cars": dict(self.cars),
+                "stations": {name: station.state | {"online": station.is_online()}
+                             for name, station in self.stations.items()},
+                "requests": dict(self.requests), "events": list(self.tell.events)}
+
+
+@dataclasses.dataclass
+class Asked:
+    """A car's last request."""
+    request_id: str
+    task: asyncio.Task
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def is_stale(self) -> bool:
+        """An offer whose hold has run out promises nothing any more."""
+        if not self.task.done():
+            return False
+        return time.monotonic() > self.since + self.task.result().get("hold", math.inf)
+
+
+def read_object(payload: bytes) -> dict:
+    value = read_json(payload)
+    need(isinstance(value, dict), "not a JSON object")
+    return value
+
+
+# ========================================================================================
+# 4. The doors: TCP for the cloud, HTTP for people
+# ========================================================================================
+
+class Doors:
+    """What the threads of both doors do: check what they are asked, and ask the fog.
+
+    They hand their question over to the loop, which owns the answer, and wait.
+    """
+
+    def __init__(self, fog: Fog, loop: asyncio.AbstractEventLoop):
+        self.fog, self.loop = fog, loop
+
+    def in_loop(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def answer_line(self, line: bytes, is_gone: Callable) -> dict:
+        """The answer to a line of TCP."""
+        request_id = None
+        try:
+            request = read_object(line)
+            if request.get("op") == "status":
+                return self.in_loop(self.fog.status())
+            need(request.get("op") == "reserve", 'wanted: "op": "reserve" or "status"')
+            request_id = request.get("id") if is_id(request.get("id")) else None
+            check_request(self.fog.city, request)
+        except ValueError as fault:
+            self.fog.tell(f"<- a question that makes no sense: {fault!s:.99}")
+            return refusal(request_id, f"bad request: {fault}") | {"error": str(fault)}
+        return self.in_loop(self.reserve(request, is_gone))
+
+    async def reserve(self, request: dict, is_gone: Callable) -> dict:
+        """One of our own spots for another broker's car, if somebody still wants it."""
+        fog, end = self.fog, time.monotonic() + STATIONS_WAIT
+        fog.tell(f"<- ring     {request['id']} asks for a spot for {request['car']}")
+        reply, hold_id = await fog.find_spot(request, end, ring=False)
+        if hold_id and is_gone():
+            fog.tell(f"-> {reply['station']:<8} {request['id']} nobody waits: undone")
+            fog.send(f"stations/{reply['station']}/release", {"id": hold_id})
+        fog.tell(f"-> ring     {request['id']} {outcome(reply)}")
+        return reply
+
+    def routes(self, path: str) -> dict[str, Callable]:
+        """Who answers which method on this path; no entry: there is no such thing."""
+        match [urllib.parse.unquote(part) for part in path.split("?")[0].split("/")[1:]]:
+            case [""]:
+                return {"GET": lambda body: (200, PAGE)}
+            case ["status"]:
+                return {"GET": lambda body: (200, self.in_loop(self.fog.status()))}
+            case ["city"]:
+                return {"GET": self.get_city}
+            case ["stations" | "cars" as kind, *name] if len(name) < 2:
+                return {"GET": functools.partial(self.get_states, kind, name)}
+            case ["cars", name, "request"]:
+                return {"POST": functools.partial(self.post_request, name),
+                        "DELETE": functools.partial(self.delete_request, name)}
+        return {}
+
+    def get_city(self, body: bytes) -> tuple[int, dict]:
+        city = self.fog.city
+        found = call(*city.cloud, {"op": "city"}, CLOUD_WAIT)
+        alive = found is not None and isinstance(found.get("brokers"), dict)
+        return 200, {"cloud": alive, "map": {"places": city.places, "roads": city.roads},
+                     "brokers": found["brokers"] if alive else
+                     {self.fog.name: self.in_loop(self.fog.status())}}
+
+    def get_states(self, kind: str, name: list[str], body: bytes) -> tuple[int, dict]:
+        states = self.in_loop(self.fog.status())[kind]
+        if not name:
+            return 200, states
+        if name[0] in states:
+            return 200, states[name[0]]
+        return 404, {"error": f"no {kind[:-1]} of that name here"}
+
+    def post_request(self, car: str, body: bytes) -> tuple[int, dict]:
+        try:
+            request = {"id": f"http-{secrets.token_hex(8)}"} | read_object(body) | {"car": car}
+            check_request(self.fog.city, request)
+        except ValueError as fault:
+            return 400, {"error": str(fault)}
+        reply = self.in_loop(self.wait_for_answer(request))
+        if reply["station"]:
+            return 200, reply
+        return 503 if reply["reason"] == "full" else 409, reply | {"error": reply["reason"]}
+
+    async def wait_for_answer(self, request: dict) -> dict:
+        return await self.fog.answer(request)
+
+    def delete_request(self, car: str, body: bytes) -> tuple[int, dict | None]:
+        if self.in_loop(self.fog.give_back(car)):
+            return 204, None
+        return 404, {"error": "this car holds no spot here"}
+
+
+class Http(http.server.BaseHTTPRequestHandler):
+    """One HTTP conversation: requests come in, JSON (or the page) goes out."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        super().setup()
+        self.rfile = io.BufferedReader(Patience(self.connection))
+
+    def handle_one_request(self):
+        self.rfile.raw.end = time.monotonic() + HTTP_WAIT
+        super().handle_one_request()
+
+    def do(self):
+        methods = self.server.answer(self.path)
+        if not methods:
+            return self.reply(404, {"error": "no such page"}, close=True)
+        if self.command not in methods:
+            return self.reply(405, {"error": f"not with {self.command}"}, close=True)
+        if self.command == "POST" and (fault := self.body_fault()):
+            return self.reply(*fault, close=True)
+        length = int(self.headers["Content-Length"]) if self.command == "POST" else 0
+        self.reply(*methods[self.command](self.rfile.read(length)))
+
+    do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = do_OPTIONS = do
+
+    def body_fault(self) -> tuple[int, dict] | None:
+        """What is wrong with the body that the headers announce."""
+        length = self.headers["Content-Length"]
+        if self.headers.get_content_type() != "application/json":
+            return 415, {"error": "the body must be application/json"}
+        if length is None or self.headers["Transfer-Encoding"]:
+            return 411, {"error": "Content-Length is missing"}
+        if not (length.isascii() and length.isdecimal()):
+            return 400, {"error": "Content-Length must be a number"}
+        if len(length) > 9 or int(length) > LIMIT:
+            return 413, {"error": f"the body must be at most {LIMIT} bytes"}
+        return None
+
+    def reply(self, status: int, answer, close: bool = False) -> None:
+        page = answer is PAGE
+        body = b"" if status == 204 else answer if page else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if page
+                         else "application/json")
+        if page:
+            self.send_header("Content-Security-Policy", PAGE_POLICY)
+        if status == 405:
+            self.send_header("Allow", ", ".join(self.server.answer(self.path)))
+        if status == 503:
+            self.send_header("Retry-After", str(RETRY))
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        if close:
+            self.send_header("Connection", "close")     # we do not read the body
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself finds wrong: the same form of answer."""
+        self.reply(code, {"error": message or http.HTTPStatus(code).phrase}, close=True)
+
+    def log_message(self, format, *args):
+        """The fog tells its story; a line for each picture of the page would drown it."""
+
+
+PAGE = b"""<!doctype html>
+"""
+PAGE_POLICY = "default-src 'none'"
+
+
+# ========================================================================================
+# 5. Starting and stopping
+# ========================================================================================
+
+def mqtt_client(client_id: str) -> paho.Client:
+    """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
+    client.on_socket_open = lambda client, data, sock: sock.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # or messages wait 40 ms for an ACK
+    client.connect_timeout = 3
+    return client
+
+
+class Link:
+    """A station's or car's connection: a paho client that lives in its owner's thread.
+
+    Each connection has a client of its own, so nothing unsent of the last one comes back
+    later. When it is lost, whatever method is at work raises ConnectionError.
+    """
+
+    def __init__(self, broker: ring.Broker, name: str, will_topic: str, will):
+        self.inbox, self.lost = collections.deque(), None
+        self.client = mqtt_client(name)
+        self.client.will_set(will_topic, json.dumps(will), qos=1, retain=True)
+        self.client.on_message = lambda client, data, message: self.inbox.append(message)
+        try:
+            self.client.connect(broker.host, broker.mqtt, keepalive=5)
+        except OSError as fault:
+            raise ConnectionError(f"{broker.name} does not answer: {fault}") from None
+        end = time.monotonic() + 3
+        while not self.client.is_connected():
+            self.turn(0.1)
+            if time.monotonic() > end:
+                raise ConnectionError(f"{broker.name} does not answer")
+
+    def turn(self, seconds: float) -> None:
+        """Let paho send and receive for a moment; what came in is in the inbox."""
+        code = self.client.loop(seconds)
+        if code != paho.MQTT_ERR_SUCCESS:
+            raise ConnectionError(f"connection lost: {paho.error_string(code)}")
+
+    def subscribe(self, *topics: str) -> None:
+        self.client.subscribe([(topic, 1) for topic in topics])
+
+    def publish(self, topic: str, value, qos: int = 1, retain: bool = False) -> None:
+        payload = b"" if value is None else json.dumps(value)
+        self.last = self.client.publish(topic, payload, qos, retain)
+
+    def close(self) -> None:
+        """Say goodbye, when what was published before has arrived."""
+        end = time.monotonic() + 0.5
+        while not self.last.is_published() and time.monotonic() < end:
+            self.turn(0.05)
+        self.client.disconnect()
+
+
+class ExternalServer:
+    """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho.
+
+    paho's thread hands what it hears over to the loop, and `publish` may be called from
+    there: the same two methods as MqttServer has, so the fog node notices no difference.
+    """
+
+    def __init__(self, broker: ring.Broker, loop, tell: Story):
+        self.callbacks, self.loop, self.tell = {}, loop, tell
+        self.client = mqtt_client(broker.name)
+        self.client.on_connect = self.on_connect
+        self.client.on_disconnect = lambda *_: tell("<- mqtt     connection lost")
+        self.client.reconnect_delay_set(0.5, 2)
+        self.client.connect_async(broker.host, broker.mqtt, keepalive=5)
+        self.tell(f"-> mqtt     {broker.host}:{broker.mqtt} is somebody else's: connecting")
+
+    def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
+        self.callbacks[topic_filter] = callback
+        self.client.message_callback_add(topic_filter, lambda client, data, message:
+            self.loop.call_soon_threadsafe(callback, message.topic, message.payload))
+
+    def on_connect(self, client, data, flags, code, properties) -> None:
+        self.tell(f"<- mqtt     {code}")
+        client.subscribe([(topic_filter, 1) for topic_filter in self.callbacks])
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
+        self.client.publish(topic, payload, qos, retain)
+
+
+async def serve(names: list[str], city: City, external: bool) -> None:
+    """These brokers, all in this one loop, until somebody ends it."""
+    loop, city_map = asyncio.get_running_loop(), Map(city)
+    loop.set_exception_handler(on_loop_fault)
+    for name in names:
+        broker, tell = city.ring.find(name), Story(name)
+        fog = Fog(name, city, city_map, tell)
+        doors = Doors(fog, loop)
+        tcp = Door(broker.host, broker.tcp, Lines, doors.answer_line, tell)
+        web = Door(broker.host, broker.http, Http, doors.routes, tell)
+        if external:
+            server = ExternalServer(broker, loop, tell)
+            fog.attach(server)
+            server.client.loop_start()      # paho's own thread reads and writes its socket
+        else:
+            server = MqttServer({b.name for b in city.ring}, tell)
+            fog.attach(server)
+            await server.serve(broker.host, broker.mqtt)
+        for door in tcp, web:               # a thread each waits for guests
+            threading.Thread(target=door.serve_forever, daemon=True).start()
+        tell(f"serves {', '.join(fog.stations) or 'no station'}: MQTT on {broker.mqtt}, "
+             f"http://{broker.host}:{broker.http}/, TCP on {broker.tcp}")
+    await asyncio.Event().wait()
+
+
+def on_loop_fault(loop, context: dict) -> None:
+    """An exception in a callback of the loop is a fault of ours; a lost socket is not."""
+    fault = context.get("exception")
+    if isinstance(fault, OSError):
+        return print(f"{context['message']}: {fault}", flush=True)
+    crash(fault or RuntimeError(context["message"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Brokers: the fog of the charging city.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a broker; default: all")
+    parser.add_argument("--external-mqtt", action="store_true",
+                        help="use the MQTT server that listens there already")
+    args, city = start_up(parser)
+    known = [broker.name for broker in city.ring]
+    for name in args.names:
+        if name not in known:
+            give_up(f"{args.config}: there is no broker {name!a}")
+    with until_stopped():
+        asyncio.run(serve(list(dict.fromkeys(args.names)) or known, city, args.external_mqtt))
+
+
+if __name__ == "__main__":
+    main()

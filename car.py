@@ -1,0 +1,313 @@
+"""An electric car: it drives, drains, asks for a spot, goes there, charges, drives on.
+
+           +-----------------------------full----------------------------+
+           v                                                             |
+        driving --below 25 %--> asking --an offer--> going --plug--> charging
+                                  ^ |                                    |
+                                  | +--refused--> waiting                |
+                                  +--5 s later-------+                   |
+                                  +-------the spot is not ours-----------+
+
+        CAR --request--> fog --reply--> CAR         where is the nearest free spot?
+        CAR --plug--> station                       again and again while it charges
+        CAR --leave-> station                       the spot is somebody else's now
+        station --state--> CAR                      do I stand there as charging?
+
+A car owns its battery and its plan. It is connected to one broker at a time: that of the
+region it is in, or, when that one does not answer, the next in the ring.
+
+    python3 car.py [NAME ...] [--at PLACE] [--battery PERCENT]     these cars; no name: car1
+
+One thread a car runs `live` and touches all of its state: no lock. Read next: the tests.
+Left out on purpose: traffic, hills, and choosing a spot by anything but its distance.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import threading
+import time
+
+from broker import Link, read_object
+from cloud_server import Story, give_up, is_reply, positive, run_until_stopped, start_up
+from ring import Broker, City, is_name, is_number, need
+
+FULL = 60           # km on a full battery
+LOW = 25            # %: below it the car asks for a spot
+POWER = 10          # % a second that charging adds
+TURN = 0.1          # s between two looks around
+NEWS = 1.0          # s between two messages about the battery
+RETRY = 1.0         # s before the next try to connect
+REPLY_WAIT = 10     # s for a reply; the broker has 9
+PLUG_WAIT = 3       # s until the station's state must show the car as charging
+STRANDED = 60       # s until a car asks again from where asking can hardly help
+
+
+class Stop(Exception):
+    """The user wants the car to end."""
+
+
+class Car:
+    """Touched by its own thread only, the one that runs `live`."""
+
+    def __init__(self, name: str, city: City, at: str, battery: float, speed: float,
+                 charges: int):
+        self.name, self.city, self.speed, self.charges = name, city, speed, charges
+        self.at, self.came_from = at, at        # the place it last passed, and the one before
+        self.offset = 0.0                       # km driven since `at`
+        self.behind = 0.0                       # km to drive back to `at` first
+        self.battery = battery                  # %
+        self.doing = "driving"
+        self.broker = self.home()
+        self.numbers = itertools.count(int(time.time()) % 100_000)  # new after a restart
+        self.request_id, self.reply, self.retry = "", None, 0.0
+        self.offer: dict | None = None          # the spot it goes to, or charges at
+        self.legs: list[str] = []               # the places still ahead on the way there
+        self.seen: str | None = None            # what the station says we do with its spot
+        self.next_news = 0.0                    # on the monotonic clock
+        self.tell = Story(name)
+        self.stopping = threading.Event()       # set by the main thread
+
+    def live(self) -> None:
+        told, failures = set(), 0
+        while self.charges and not self.stopping.is_set():
+            try:
+                self.connect()
+                told, failures = set(), 0
+                while self.charges:
+                    self.become(self.LIFE[self.doing](self))
+                self.say_goodbye()
+            except Stop:
+                self.say_goodbye()
+            except ConnectionError as fault:
+                failures += 1
+                if str(fault) not in told:      # each new trouble once
+                    self.tell(f"-> {self.broker.name:<8} {fault}")
+                told.add(str(fault))
+                if failures > 1:
+                    self.turn_to_next()
+                self.stopping.wait(RETRY)
+
+    # --- its connection
+
+    def home(self) -> Broker:
+        """The broker of the region the car is in."""
+        return self.city.ring.find(self.city.places[self.at]["broker"])
+
+    def topic(self, *levels: str) -> str:
+        return "/".join([self.broker.name, "cars", self.name, *levels])
+
+    def connect(self) -> None:
+        """Raises ConnectionError if the broker does not answer."""
+        self.link = Link(self.broker, self.name, self.topic("state"), self.state("offline"))
+        self.link.subscribe(self.topic("reply"))
+        self.watch_station()
+        self.publish_state()
+        self.tell(f"-> {self.broker.name:<8} connected, in the region of {self.home().name}")
+
+    def watch_station(self) -> None:
+        if self.offer and self.offer["broker"] == self.broker.name:
+            self.link.subscribe(f"{self.broker.name}/stations/{self.offer['station']}/state")
+
+    def move_to(self, broker: Broker) -> None:
+        """Leave nothing behind at the old broker, and connect to another one."""
+        self.tell(f"-> {broker.name:<8} roams there from {self.broker.name}")
+        self.link.publish(self.topic("state"), None, retain=True)
+        self.link.close()
+        self.broker = broker
+        self.connect()
+
+    def turn_to_next(self) -> None:
+        """Our broker does not answer: what it promised is worth nothing now."""
+        self.broker = self.broker.next
+        if self.doing != "driving":
+            self.offer, self.doing = None, "asking"
+        self.tell(f"-> {self.broker.name:<8} is next in the ring: turns to it")
+
+    def state(self, doing: str) -> dict:
+        return {"car": self.name, "at": self.at, "battery": round(self.battery, 1),
+                "doing": doing}
+
+    def publish_state(self) -> None:
+        self.next_news = time.monotonic() + NEWS
+        self.link.publish(self.topic("state"), self.state(self.doing), qos=0, retain=True)
+
+    def become(self, doing: str) -> None:
+        self.doing = doing
+        self.publish_state()
+
+    def say_goodbye(self) -> None:
+        if self.offer and self.offer["broker"] == self.broker.name:
+            self.give_back(self.offer)
+        self.link.publish(self.topic("state"), self.state("offline"), retain=True)
+        self.link.close()
+
+    def pause(self) -> float:
+        """Look after the connection for a moment. Returns the seconds that went by."""
+        began = time.monotonic()
+        self.link.turn(TURN)
+        while self.link.inbox:
+            self.hear(self.link.inbox.popleft())
+        if time.monotonic() >= self.next_news:
+            self.publish_state()
+        if self.stopping.is_set():
+            raise Stop
+        return time.monotonic() - began
+
+    def hear(self, message) -> None:
+        try:
+            fields = read_object(message.payload)
+            if message.topic == self.topic("reply"):
+                if is_reply(self.city, fields, self.request_id):
+                    self.reply = fields
+            elif self.offer and fields.get("station") == self.offer["station"]:
+                need(isinstance(fields.get("cars"), dict), "no cars")
+                self.seen = fields["cars"].get(self.name, "")
+        except ValueError as fault:
+            self.tell(f"<- {message.topic!a:.99} makes no sense: {fault!s:.99}")
+
+    # --- its life: each step returns what the car does next
+
+    def drive(self) -> str:
+        """To a neighbouring place, and not back if there is another way."""
+        if self.battery < LOW:
+            return "asking"
+        roads = [place for road in self.city.roads if self.at in road
+                 for place in road if place != self.at]
+        if not roads:
+            self.pause()        # a place without roads
+            return "driving"
+        self.travel(random.choice([p for p in roads if p != self.came_from] or roads), LOW)
+        if self.battery < LOW:
+            return "asking"
+        self.tell(f"{self.bar()} at {self.at}")
+        if self.home().name != self.city.places[self.came_from]["broker"]:
+            self.move_to(self.home())
+        return "driving"
+
+    def ask(self) -> str:
+        self.request_id, self.reply = f"{self.name}-{next(self.numbers)}", None
+        km = max(0.0, self.battery / 100 * FULL - self.offset - self.behind)
+        self.tell(f"-> {self.broker.name:<8} {self.request_id} asks for a spot at {self.at} "
+                  f"(range {km:.1f} km)")
+        self.link.publish(self.topic("request"),
+                          {"id": self.request_id, "at": self.at, "range": round(km, 3)})
+        end = time.monotonic() + REPLY_WAIT
+        while not self.reply:
+            self.pause()
+            if time.monotonic() > end:
+                self.turn_to_next()
+                raise ConnectionError("no reply")
+        return self.understand(self.reply)
+
+    def understand(self, reply: dict) -> str:
+        if reply["station"]:
+            self.accept(reply)
+            return "going"
+        self.retry = STRANDED if reply.get("retry") is None else reply["retry"]
+        self.tell(f"<- {self.broker.name:<8} {self.request_id} {reply['reason']}: "
+                  f"waits {self.retry:g} s")
+        return "waiting"
+
+    def accept(self, offer: dict) -> None:
+        self.tell(f"<- {self.broker.name:<8} {self.request_id} {offer['station']} at "
+                  f"{offer['broker']}, {offer['km']:g} km by {' '.join(offer['route'])}; "
+                  f"asked {', '.join(map(str, offer.get('asked', [])))}")
+        old, self.offer, self.seen = self.offer, offer, None
+        if old and old["station"] != offer["station"] and old["broker"] == self.broker.name:
+            self.give_back(old)
+        self.legs = offer["route"][1:]
+        self.behind, self.offset = self.behind + self.offset, 0.0
+        self.watch_station()
+
+    def wait(self) -> str:
+        end = time.monotonic() + self.retry
+        while time.monotonic() < end:
+            self.pause()
+        return "asking"
+
+    def go(self) -> str:
+        if self.offer["broker"] != self.broker.name:
+            self.move_to(self.city.ring.find(self.offer["broker"]))
+        while self.behind > 0:
+            self.behind -= self.burn(self.behind)
+        while self.legs:
+            self.travel(self.legs[0])
+            self.legs.pop(0)
+            self.tell(f"{self.bar()} at {self.at}")
+        return "charging"
+
+    def charge(self) -> str:
+        """Plug in and renew; charge only while the station says that we do."""
+        station, lease = self.offer["station"], self.offer["lease"]
+        plugged, next_plug = False, 0.0
+        end = time.monotonic() + PLUG_WAIT
+        while self.battery < 100:
+            if time.monotonic() >= next_plug:
+                self.link.publish(self.topic("plug", station), {})
+                next_plug = time.monotonic() + (lease / 3 if plugged else RETRY)
+            seconds = self.pause()
+            if self.seen == "charging":
+                if not plugged:
+                    self.tell(f"-> {station:<8} {self.request_id} charging at {station}")
+                plugged = True
+                self.battery = min(100.0, self.battery + POWER * seconds)
+            elif plugged or time.monotonic() > end:
+                self.tell(f"<- {station:<8} {self.request_id} the spot is not ours: asks anew")
+                return "asking"
+        self.tell(f"{self.bar()} {self.request_id} leaves {station}")
+        self.give_back(self.offer)
+        self.offer, self.charges = None, self.charges - 1
+        return "driving"
+
+    LIFE = {"driving": drive, "asking": ask, "waiting": wait, "going": go, "charging": charge}
+
+    def give_back(self, offer: dict) -> None:
+        self.link.publish(self.topic("leave", offer["station"]), {})
+
+    def travel(self, place: str, low: float = 0) -> None:
+        """Along the road to a place, or until the battery is below `low`."""
+        length = self.city.km(self.at, place)
+        while self.offset < length and self.battery >= low:
+            self.offset += self.burn(length - self.offset)
+        if self.offset >= length:
+            self.came_from, self.at, self.offset = self.at, place, 0.0
+
+    def burn(self, most: float) -> float:
+        """Drive on for a moment. Returns the km, `most` at the most."""
+        km = min(most, self.pause() * self.speed)
+        self.battery = max(0.0, self.battery - km / FULL * 100)
+        return km
+
+    def bar(self) -> str:
+        full = round(self.battery / 10)
+        return f"[{'#' * full}{'.' * (10 - full)}] {self.battery:3.0f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Electric cars of the city.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a car; default: car1")
+    parser.add_argument("--at", metavar="PLACE", help="where they start (the first place)")
+    parser.add_argument("--battery", metavar="PERCENT", type=float, default=50,
+                        help="how full they start (50)")
+    parser.add_argument("--speed", metavar="KM_PER_S", type=positive, default=2,
+                        help="how fast they drive (2)")
+    parser.add_argument("--charges", metavar="N", type=int, default=-1,
+                        help="stop after so many charges (never)")
+    args, city = start_up(parser)
+    at = args.at or next(iter(city.places))
+    if at not in city.places:
+        give_up(f"{args.config}: there is no place {at!a}")
+    if not is_number(args.battery, 0, 100) or args.charges == 0 or args.charges < -1:
+        parser.error("--battery is 0 to 100, --charges 1 or more")
+    names = list(dict.fromkeys(args.names or ["car1"]))
+    for name in names:
+        if not is_name(name) or name in city.places or city.ring.find(name):
+            give_up(f"{args.config}: {name!a} is no good name for a car here")
+    run_until_stopped([Car(name, city, at, args.battery, args.speed, args.charges)
+                       for name in names])
+
+
+if __name__ == "__main__":
+    main()
