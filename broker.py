@@ -62,7 +62,7 @@ UNACKED = 10_000            # messages on their way to one connected client, or 
 KEPT, KEPT_BYTES = 1_000, 512 * 1024    # messages kept for an absent client
 ABSENT = 1_000              # sessions of absent clients
 RETAINED_BYTES = 64 * 1024 * 1024   # payloads of all retained messages together
-FILTERS, LEVELS = 10_000, 200       # subscriptions of a client; levels of a topic filter
+NODES = 50_000              # levels of all filters of a client: each may cost a node
 
 STATION_WAIT = 0.5          # s a station has to answer a hold
 STATIONS_WAIT = 1.2         # s all stations of this broker together have
@@ -80,16 +80,20 @@ HTTP_WAIT = 10              # s for a whole HTTP request to come in
 # 1. MQTT packets: bytes <-> fields
 # ========================================================================================
 #
-#   byte 0            bytes 1 to 4          the body
-#   +------+------+   +------------------+  +----------------------------------------+
-#   | type | flags|   | remaining length |  | fields of that type, then a payload    |
-#   +------+------+   +------------------+  +----------------------------------------+
-#    4 bits 4 bits     7 bits a byte; the highest bit says: another byte follows
+#     byte 0             bytes 1 to 4            the body
+#     +------+-------+   +------------------+   +----------------------+---------+
+#     | type | flags |   | remaining length |   | fields of that type  | payload |
+#     +------+-------+   +------------------+   +----------------------+---------+
+#      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
 (CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
  UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
 
-RESERVED_FLAGS = {PUBREL: 2, SUBSCRIBE: 2, UNSUBSCRIBE: 2}  # all others: 0 [MQTT-2.2.2-1]
+# What a client may send, and with which flags [MQTT-2.2.2-1]; PUBLISH has flags that speak.
+CLIENT_FLAGS = {CONNECT: 0, PUBACK: 0, PUBREC: 0, PUBREL: 2, PUBCOMP: 0, SUBSCRIBE: 2,
+                UNSUBSCRIBE: 2, PINGREQ: 0, DISCONNECT: 0}
+
+pack_number = struct.Struct(">H").pack
 
 
 class ProtocolError(Exception):
@@ -97,7 +101,7 @@ class ProtocolError(Exception):
 
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
-    """A whole packet: fixed header, then the fields one after the other."""
+    """A whole packet: the fixed header, then the fields one after the other."""
     body = b"".join(fields)
     length, header = len(body), bytearray([kind << 4 | flags])
     while length > 127:
@@ -118,24 +122,15 @@ def find_body(buffer: bytearray, start: int) -> tuple[int, int] | None:
                 raise ProtocolError("the packet is too long")
             return (begin, begin + length) if begin + length <= len(buffer) else None
     if len(buffer) >= start + 5:
-        raise ProtocolError("the length takes more than four bytes")
+        raise ProtocolError("a length of more than four bytes")
     return None
 
 
-def pack_number(number: int) -> bytes:
-    return struct.pack(">H", number)
+class Packet:
+    """A packet that came in: its fields are taken off one after the other."""
 
-
-def pack_text(text: str) -> bytes:
-    data = text.encode()
-    return pack_number(len(data)) + data
-
-
-class Body:
-    """The fields of a packet, taken off one after the other."""
-
-    def __init__(self, data: bytes):
-        self.data, self.at = data, 0
+    def __init__(self, first: int, data: bytes):
+        self.kind, self.flags, self.data, self.at = first >> 4, first & 15, data, 0
 
     def take(self, count: int) -> bytes:
         piece = self.data[self.at:self.at + count]
@@ -143,9 +138,6 @@ class Body:
             raise ProtocolError("the packet ends in the middle of a field")
         self.at += count
         return piece
-
-    def byte(self) -> int:
-        return self.take(1)[0]
 
     def number(self) -> int:
         return int.from_bytes(self.take(2), "big")
@@ -157,44 +149,41 @@ class Body:
         return decode_text(self.binary())
 
     def packet_id(self) -> int:
-        number = self.number()
-        if number == 0:     # [MQTT-2.3.1-1]
-            raise ProtocolError("packet identifier 0")
-        return number
+        return self.number() or fail("packet identifier 0")     # [MQTT-2.3.1-1]
 
-    def rest(self) -> bytes:
-        return self.take(len(self.data) - self.at)
+    def is_empty(self) -> bool:
+        return self.at == len(self.data)
 
     def end(self) -> None:
-        if self.at < len(self.data):
-            raise ProtocolError("bytes are left over in the packet")
+        self.is_empty() or fail("bytes are left over")
 
 
-@functools.lru_cache(4096)      # the same few topics come again and again
+def fail(why: str):
+    raise ProtocolError(why)
+
+
+@functools.lru_cache(4096)      # the same topics come again and again
 def decode_text(data: bytes) -> str:
     try:
         text = data.decode()    # Python's UTF-8 is strict: no surrogates [MQTT-1.5.3-1]
     except UnicodeDecodeError:
         raise ProtocolError("text that is not UTF-8") from None
-    if "\0" in text:            # [MQTT-1.5.3-2]
-        raise ProtocolError("text with a U+0000")
-    return text
+    return text if "\0" not in text else fail("text with a U+0000")     # [MQTT-1.5.3-2]
 
 
 def check_topic(topic: str) -> str:
     """A topic name: not empty [MQTT-4.7.3-1], without wildcards [MQTT-3.3.2-2]."""
     if not topic or "+" in topic or "#" in topic:
-        raise ProtocolError(f"{topic!a:.80} is not a topic name")
+        fail(f"{topic!a:.80} is not a topic name")
     return topic
 
 
 def check_filter(topic_filter: str) -> str:
     """A topic filter: + fills a level [MQTT-4.7.1-3], # is the last one [MQTT-4.7.1-2]."""
     *levels, last = topic_filter.split("/")
-    if (not topic_filter or any("#" in level for level in levels)
-            or any("+" in level and level != "+" for level in (*levels, last))
-            or "#" in last and last != "#"):
-        raise ProtocolError(f"{topic_filter!a:.80} is not a topic filter")
+    if (not topic_filter or last != "#" and "#" in last or any("#" in x for x in levels)
+            or any("+" in x and x != "+" for x in (*levels, last))):
+        fail(f"{topic_filter!a:.80} is not a topic filter")
     return topic_filter
 
 
@@ -204,14 +193,18 @@ class Message:
 
     def __init__(self, topic: str, payload: bytes, qos: int):
         self.topic, self.payload, self.qos = topic, payload, qos
-        self.plain = None       # its QoS 0 packet, encoded once for all who want it
+        self.plain = b""        # its QoS 0 packet, encoded once for all who want it
 
     def packet(self, qos=0, packet_id=0, retain=False, dup=False) -> bytes:
-        if qos == 0 and not retain:
-            self.plain = self.plain or encode(PUBLISH, pack_text(self.topic), self.payload)
+        if not qos and not retain and self.plain:
             return self.plain
-        return encode(PUBLISH, pack_text(self.topic), pack_number(packet_id) if qos else b"",
-                      self.payload, flags=dup << 3 | qos << 1 | retain)
+        topic = self.topic.encode()
+        packet = encode(PUBLISH, pack_number(len(topic)), topic,
+                        pack_number(packet_id) if qos else b"", self.payload,
+                        flags=dup << 3 | qos << 1 | retain)
+        if not qos and not retain:
+            self.plain = packet
+        return packet
 
 
 # ========================================================================================
@@ -219,12 +212,13 @@ class Message:
 # ========================================================================================
 
 class TopicTree:
-    """Who subscribes to what: a node for each level, so a message costs its depth to match.
+    """Who subscribes to what: a node a level, so a message costs its depth to match.
 
         server1 -- cars -- + -- request   {fog: 1}
                      |     +--- plug -- P1   {P1: 1}
                      +-- car1 -- reply   {car1: 1}
     """
+    __slots__ = "children", "subscribers"
 
     def __init__(self):
         self.children: dict[str, TopicTree] = {}
@@ -233,27 +227,29 @@ class TopicTree:
     def add(self, topic_filter: str, subscriber, qos: int) -> None:
         node = self
         for level in topic_filter.split("/"):
-            node = node.children.setdefault(level, TopicTree())
+            if level not in node.children:
+                node.children[level] = TopicTree()
+            node = node.children[level]
         node.subscribers[subscriber] = qos      # a second time replaces [MQTT-3.8.4-3]
 
     def remove(self, topic_filter: str, subscriber) -> None:
-        path, node = [], self
+        path = [self]
         for level in topic_filter.split("/"):
-            path.append((node, level))
-            node = node.children[level]
-        del node.subscribers[subscriber]
-        for parent, level in reversed(path):    # leave no empty branches behind
-            if parent.children[level].children or parent.children[level].subscribers:
-                break
-            del parent.children[level]
+            path.append(path[-1].children[level])
+        del path[-1].subscribers[subscriber]
+        for level in reversed(topic_filter.split("/")):     # leave no empty branches
+            node = path.pop()
+            if not node.children and not node.subscribers:
+                del path[-1].children[level]
 
     def match(self, topic: str) -> dict:
         """Each subscriber once, with the highest QoS of its filters that match."""
         ends, nodes = [], [self]        # level by level: no recursion, however deep
-        wild = not topic.startswith("$")        # [MQTT-4.7.2-1]
+        wild = topic[0] != "$"          # [MQTT-4.7.2-1]
         for level in topic.split("/"):
             below = []
-            for children in [node.children for node in nodes]:
+            for node in nodes:
+                children = node.children
                 if level in children:
                     below.append(children[level])
                 if wild and "+" in children:
@@ -261,41 +257,39 @@ class TopicTree:
                 if wild and "#" in children:
                     ends.append(children["#"])
             nodes, wild = below, True
-        ends += nodes
         ends += [node.children["#"] for node in nodes if "#" in node.children]  # a/# has a
         found = {}
-        for node in ends:
+        for node in (*nodes, *ends):
             for subscriber, qos in node.subscribers.items():
                 found[subscriber] = max(qos, found.get(subscriber, 0))
         return found
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Outgoing:
     """A QoS 1 or 2 message that its receiver has not acknowledged to the end."""
     message: Message
     qos: int
     retain: bool
-    sent: bool = False          # then sending it again is a duplicate: DUP [MQTT-3.3.1-1]
-    released: bool = False      # QoS 2: PUBREC has come, PUBREL is what to send again
+    sent: bool = False      # then sending it again is a duplicate: DUP [MQTT-3.3.1-1]
+    expects: int = PUBACK   # QoS 1: PUBACK; QoS 2: PUBREC, then PUBCOMP
 
     def packet(self, packet_id: int) -> bytes:
-        if self.released:
+        if self.expects == PUBCOMP:
             return encode(PUBREL, pack_number(packet_id), flags=2)
-        packet = self.message.packet(self.qos, packet_id, self.retain, dup=self.sent)
-        self.sent = True
-        return packet
+        dup, self.sent = self.sent, True
+        return self.message.packet(self.qos, packet_id, self.retain, dup)
 
 
 class Session:
-    """What the server knows of one client id. With clean_session off it outlives the
-    connection, and what arrives meanwhile is kept (within bounds, the oldest goes first).
+    """What the server knows of one client id; if not `clean` it outlives the connection,
+    and what arrives meanwhile is kept (within bounds, the oldest goes first).
     """
 
     def __init__(self, client_id: str, clean: bool):
         self.client_id, self.clean = client_id, clean
         self.connection: Connection | None = None
-        self.filters: set[str] = set()
+        self.filters, self.nodes = set(), 0     # and how many levels they have together
         self.unacked: dict[int, Outgoing] = collections.OrderedDict()   # [MQTT-4.6.0-1]
         self.kept_bytes = 0                     # of their payloads
         self.received: set[int] = set()         # QoS 2 identifiers not yet released
@@ -303,20 +297,21 @@ class Session:
 
     def deliver(self, message: Message, granted: int, retain: bool = False) -> None:
         """Send or keep a message: the lower QoS of publisher and subscriber counts."""
-        qos = min(granted, message.qos)         # [MQTT-3.8.4-6]
+        qos, connection = min(granted, message.qos), self.connection    # [MQTT-3.8.4-6]
         if qos == 0:
-            if self.connection:
-                self.connection.send(message.packet(retain=retain))
+            if connection:
+                connection.send(message.packet(retain=retain))
             return
         packet_id = self.next_id()
-        outgoing = self.unacked[packet_id] = Outgoing(message, qos, retain)
+        outgoing = Outgoing(message, qos, retain, expects=PUBACK if qos == 1 else PUBREC)
+        self.unacked[packet_id] = outgoing
         self.kept_bytes += len(message.payload)
-        if not self.connection:
+        if not connection:
             self.keep_bounds()
         elif len(self.unacked) > UNACKED:
-            self.connection.close("acknowledges nothing")
+            connection.close("acknowledges nothing")
         else:
-            self.connection.send(outgoing.packet(packet_id))
+            connection.send(outgoing.packet(packet_id))
 
     def next_id(self) -> int:
         """The next packet identifier that is not in use. [MQTT-2.3.1-2]"""
@@ -325,14 +320,13 @@ class Session:
             if self.last_id not in self.unacked:
                 return self.last_id
 
+    def settle(self, packet_id: int) -> None:
+        """Forget a message: its receiver has it for good, or was away too long."""
+        self.kept_bytes -= len(self.unacked.pop(packet_id).message.payload)
+
     def keep_bounds(self) -> None:
-        """An absent client's messages: so many and no more, the oldest go first."""
         while len(self.unacked) > KEPT or self.kept_bytes > KEPT_BYTES:
             self.settle(next(iter(self.unacked)))
-
-    def settle(self, packet_id: int) -> None:
-        """Forget a message: its receiver has it for good, or has been away too long."""
-        self.kept_bytes -= len(self.unacked.pop(packet_id).message.payload)
 
 
 class Connection(asyncio.Protocol):
@@ -342,31 +336,27 @@ class Connection(asyncio.Protocol):
         self.server = server
         self.session: Session | None = None     # from CONNECT on
         self.will: tuple | None = None          # topic, payload, QoS, retain
-        self.buffer, self.out = bytearray(), []
-        self.waiting = 0                        # bytes in `out`
+        self.buffer, self.out, self.waiting = bytearray(), [], 0    # waiting: bytes in out
+        self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
         self.closed = False
 
     def connection_made(self, transport) -> None:
         self.transport = transport
-        self.peer = transport.get_extra_info("peername", ("?",))[0]
-        self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
         self.server.connections.add(self)
         if not has_room(transport.get_extra_info("socket")):
             self.close("turned away: too many open connections")
 
     def connection_lost(self, error) -> None:
-        self.close("vanished" if error is None else f"vanished: {error}")
+        self.close(f"vanished {error or ''}")
 
     def data_received(self, data: bytes) -> None:
         """Cut whole packets off what has come; one read may hold half a packet, or many."""
         buffer, at = self.buffer, 0
         buffer += data
         try:
-            while len(buffer) > at + 1 and (found := find_body(buffer, at)):
-                if self.closed:
-                    return
+            while not self.closed and (found := find_body(buffer, at)):
                 begin, end = found
-                self.handle(buffer[at] >> 4, buffer[at] & 15, bytes(buffer[begin:end]))
+                self.handle(Packet(buffer[at], bytes(buffer[begin:end])))
                 at = end
         except ProtocolError as fault:
             self.close(f"broke the protocol: {fault}")
@@ -374,153 +364,133 @@ class Connection(asyncio.Protocol):
             del buffer[:at]
             self.deadline = time.monotonic() + self.patience    # [MQTT-3.1.2-24]
 
-    def handle(self, kind: int, flags: int, body: bytes) -> None:
+    def handle(self, packet: Packet) -> None:
+        kind = packet.kind
         if (kind == CONNECT) == bool(self.session):     # [MQTT-3.1.0-1], [MQTT-3.1.0-2]
-            raise ProtocolError("a first packet must be CONNECT, and no other one")
-        if kind == PUBLISH:
-            self.do_publish(flags, Body(body))
-        elif kind not in self.HANDLERS:
-            raise ProtocolError(f"packet type {kind} is not for a server")
-        elif flags != RESERVED_FLAGS.get(kind, 0):      # [MQTT-2.2.2-2]
-            raise ProtocolError("reserved flags")
-        else:
-            fields = Body(body)
-            self.HANDLERS[kind](self, fields)
-            fields.end()
+            fail("CONNECT must be the first packet, and no other one")
+        if kind != PUBLISH and CLIENT_FLAGS.get(kind) != packet.flags:    # [MQTT-2.2.2-2]
+            fail(f"no client may send packet type {kind} with flags {packet.flags}")
+        self.HANDLERS[kind](self, packet)
 
-    def do_connect(self, body: Body) -> None:
+    def do_connect(self, packet: Packet) -> None:
         """protocol name | level | flags | keepalive | client id | will | user | password"""
-        if body.text() != "MQTT":               # [MQTT-3.1.2-1]
-            raise ProtocolError("this is not MQTT")
-        if body.byte() != 4:
-            return self.refuse(1, "wants another version of MQTT")  # [MQTT-3.1.2-2]
-        flags, keepalive = body.byte(), body.number()
-        user, password, retain, qos, will, clean = (
-            flags >> 7, flags >> 6 & 1, flags >> 5 & 1, flags >> 3 & 3, flags >> 2 & 1,
-            bool(flags & 2))
+        if packet.text() != "MQTT":                       # [MQTT-3.1.2-1]
+            fail("this is not MQTT")
+        level, flags, keepalive = *packet.take(2), packet.number()
+        if level != 4:
+            return self.refuse(1, "wants another version of MQTT")      # [MQTT-3.1.2-2]
+        user, password, retain = flags & 128, flags & 64, bool(flags & 32)
+        qos, will, clean = flags >> 3 & 3, flags & 4, bool(flags & 2)
         if flags & 1 or qos == 3 or not will and (qos or retain) or password and not user:
-            raise ProtocolError("impossible flags")     # [MQTT-3.1.2-3, 11 to 15, 22]
-        client_id = body.text()
-        if will:
-            self.will = check_topic(body.text()), body.binary(), qos, bool(retain)
-        user = body.text() if user else None
-        password = body.binary() if password else None
-        body.end()
-        if not client_id and not clean:         # [MQTT-3.1.3-8]
-            return self.refuse(2, "has neither a client id nor a clean session")
-        client_id = client_id or f"auto-{secrets.token_hex(8)}"     # [MQTT-3.1.3-6]
-        if will and not self.server.may_publish(client_id, self.will[0]):
+            fail("impossible flags")            # [MQTT-3.1.2-3], [MQTT-3.1.2-11] to 22
+        client_id = packet.text()
+        will = (check_topic(packet.text()), packet.binary(), qos, retain) if will else None
+        user, password = user and packet.text(), password and packet.binary()
+        packet.end()
+        if not client_id and not clean:
+            return self.refuse(2, "has no client id for its session")   # [MQTT-3.1.3-8]
+        client_id = client_id or f"auto-{secrets.token_hex(8)}"         # [MQTT-3.1.3-6]
+        if will and not self.server.may_publish(client_id, will[0]):
             return self.refuse(5, "has a will in another's name")
-        self.patience = keepalive * 1.5 or math.inf     # [MQTT-3.1.2-24]
+        self.will, self.patience = will, keepalive * 1.5 or math.inf    # [MQTT-3.1.2-24]
         self.server.open_session(self, client_id, clean)
 
     def refuse(self, code: int, why: str) -> None:
-        self.send(encode(CONNACK, bytes([0, code])))    # no session present [MQTT-3.2.2-4]
-        self.will = None
+        self.send(encode(CONNACK, bytes([0, code])))    # no session [MQTT-3.2.2-4]
         self.close(f"refused: {why}")                   # [MQTT-3.2.2-5]
 
-    def do_publish(self, flags: int, body: Body) -> None:
-        qos, retain = flags >> 1 & 3, flags & 1
-        if qos == 3 or qos == 0 and flags & 8:  # [MQTT-3.3.1-4], [MQTT-3.3.1-2]
-            raise ProtocolError("impossible QoS or DUP")
-        topic = check_topic(body.text())
-        packet_id = body.packet_id() if qos else 0
+    def do_publish(self, packet: Packet) -> None:
+        """topic | packet identifier if QoS is 1 or 2 | payload; flags: DUP, QoS, RETAIN"""
+        qos, retain, received = packet.flags >> 1 & 3, packet.flags & 1, self.session.received
+        if qos == 3 or qos == 0 and packet.flags & 8:     # [MQTT-3.3.1-4], [MQTT-3.3.1-2]
+            fail("impossible QoS or DUP")
+        topic = check_topic(packet.text())
+        packet_id = packet.packet_id() if qos else 0
         if not self.server.may_publish(self.session.client_id, topic):
-            raise ProtocolError(f"may not publish {topic!a:.99}")
-        received = self.session.received
-        if qos < 2 or packet_id not in received:        # else it is sent again
-            self.server.publish(topic, body.rest(), qos, retain)
+            fail(f"may not publish {topic!a:.99}")
+        if qos < 2 or packet_id not in received:        # else it is a QoS 2 message again
+            self.server.publish(topic, packet.data[packet.at:], qos, retain)
         if qos == 1:
-            self.send(encode(PUBACK, pack_number(packet_id)))       # [MQTT-4.3.2-2]
+            self.send(encode(PUBACK, pack_number(packet_id)))           # [MQTT-4.3.2-2]
         elif qos == 2:
-            received.add(packet_id)             # until PUBREL, once only [MQTT-4.3.3-2]
+            received.add(packet_id)                     # until PUBREL [MQTT-4.3.3-2]
             self.send(encode(PUBREC, pack_number(packet_id)))
             if len(received) > UNACKED:
                 self.close("releases nothing")
 
-    def do_puback(self, body: Body) -> None:
-        self.settle(body.packet_id(), qos=1, released=False)
-
-    def do_pubrec(self, body: Body) -> None:
-        packet_id = body.packet_id()
-        if outgoing := self.session.unacked.get(packet_id):
-            if outgoing.qos != 2:
-                raise ProtocolError("PUBREC for a message of QoS 1")
-            outgoing.released = True
-        self.send(encode(PUBREL, pack_number(packet_id), flags=2))  # [MQTT-4.3.3-1]
-
-    def do_pubrel(self, body: Body) -> None:
-        packet_id = body.packet_id()
-        self.session.received.discard(packet_id)
-        self.send(encode(PUBCOMP, pack_number(packet_id)))          # [MQTT-4.3.3-2]
-
-    def do_pubcomp(self, body: Body) -> None:
-        self.settle(body.packet_id(), qos=2, released=True)
-
-    def settle(self, packet_id: int, qos: int, released: bool) -> None:
-        if outgoing := self.session.unacked.get(packet_id):
-            if (outgoing.qos, outgoing.released) != (qos, released):
-                raise ProtocolError("the wrong acknowledgement")
+    def do_acknowledge(self, packet: Packet) -> None:
+        """QoS 1 ends with PUBACK; QoS 2 goes on with PUBREC, PUBREL, and ends with PUBCOMP."""
+        kind, packet_id = packet.kind, packet.packet_id()
+        packet.end()
+        outgoing = self.session.unacked.get(packet_id)
+        if kind == PUBREL:
+            self.session.received.discard(packet_id)
+            self.send(encode(PUBCOMP, pack_number(packet_id)))          # [MQTT-4.3.3-2]
+        elif outgoing and kind != outgoing.expects and (kind, outgoing.expects) != (
+                PUBREC, PUBCOMP):                       # a second PUBREC does no harm
+            fail("the wrong acknowledgement")
+        elif kind == PUBREC:
+            if outgoing:
+                outgoing.expects = PUBCOMP
+            self.send(encode(PUBREL, pack_number(packet_id), flags=2))  # [MQTT-4.3.3-1]
+        elif outgoing:
             self.session.settle(packet_id)
 
-    def do_subscribe(self, body: Body) -> None:
-        packet_id, wanted = body.packet_id(), []
-        while not wanted or body.at < len(body.data):   # at least one [MQTT-3.8.3-3]
-            wanted.append((check_filter(body.text()), body.byte()))
+    def do_subscribe(self, packet: Packet) -> None:
+        packet_id, wanted = packet.packet_id(), []
+        while not wanted or not packet.is_empty():        # at least one [MQTT-3.8.3-3]
+            wanted.append((check_filter(packet.text()), packet.take(1)[0]))
         if any(qos > 2 for _, qos in wanted):           # [MQTT-3-8.3-4]
-            raise ProtocolError("impossible QoS")
+            fail("impossible QoS")
         codes = [self.server.subscribe(self.session, *pair) for pair in wanted]
         self.send(encode(SUBACK, pack_number(packet_id), bytes(codes)))  # [MQTT-3.8.4-5]
         for (topic_filter, qos), code in zip(wanted, codes):
             if code == qos:
                 self.server.send_retained(self.session, topic_filter, qos)
 
-    def do_unsubscribe(self, body: Body) -> None:
-        packet_id = body.packet_id()
-        filters = [check_filter(body.text())]           # at least one [MQTT-3.10.3-2]
-        while body.at < len(body.data):
-            filters.append(check_filter(body.text()))
+    def do_unsubscribe(self, packet: Packet) -> None:
+        packet_id, filters = packet.packet_id(), []
+        while not filters or not packet.is_empty():       # at least one [MQTT-3.10.3-2]
+            filters.append(check_filter(packet.text()))
         for topic_filter in filters:
             self.server.unsubscribe(self.session, topic_filter)
-        self.send(encode(UNSUBACK, pack_number(packet_id)))         # [MQTT-3.10.4-5]
+        self.send(encode(UNSUBACK, pack_number(packet_id)))             # [MQTT-3.10.4-5]
 
-    def do_pingreq(self, body: Body) -> None:
-        self.send(encode(PINGRESP))             # [MQTT-3.12.4-1]
+    def do_pingreq(self, packet: Packet) -> None:
+        packet.end()
+        self.send(encode(PINGRESP))                     # [MQTT-3.12.4-1]
 
-    def do_disconnect(self, body: Body) -> None:
-        body.end()
-        self.will = None                        # [MQTT-3.1.2-10]
+    def do_disconnect(self, packet: Packet) -> None:
+        packet.end()
+        self.will = None                                # [MQTT-3.1.2-10]
         self.close("said goodbye")
 
-    HANDLERS = {CONNECT: do_connect, PUBACK: do_puback, PUBREC: do_pubrec,
-                PUBREL: do_pubrel, PUBCOMP: do_pubcomp, SUBSCRIBE: do_subscribe,
-                UNSUBSCRIBE: do_unsubscribe, PINGREQ: do_pingreq,
-                DISCONNECT: do_disconnect}
+    HANDLERS = {CONNECT: do_connect, PUBLISH: do_publish, PUBACK: do_acknowledge,
+                PUBREC: do_acknowledge, PUBREL: do_acknowledge, PUBCOMP: do_acknowledge,
+                SUBSCRIBE: do_subscribe, UNSUBSCRIBE: do_unsubscribe,
+                PINGREQ: do_pingreq, DISCONNECT: do_disconnect}
 
     def send(self, packet: bytes) -> None:
         """Collect what goes out; one system call sends it when the loop comes round."""
-        if self.closed:
-            return
         if not self.out:
             self.server.loop.call_soon(self.flush)
         self.out.append(packet)
         self.waiting += len(packet)
         if self.waiting > LIMIT:
             self.flush()
+
+    def flush(self) -> None:
+        if not self.closed and self.out:
+            self.transport.write(b"".join(self.out))
+            self.out, self.waiting = [], 0
             if self.transport.get_write_buffer_size() > SLOW:
                 self.close("reads too slowly")
 
-    def flush(self) -> None:
-        if self.out:
-            self.transport.write(b"".join(self.out))
-            self.out.clear()
-            self.waiting = 0
-
     def close(self, why: str) -> None:
-        """However a connection ends, it ends here, and once: the will, then the session."""
+        """However a connection ends, it ends here, and once: first the session, then the will."""
+        self.flush()
         if self.closed:
             return
-        self.flush()
         self.closed = True
         self.server.connections.discard(self)
         if self.transport.get_write_buffer_size():
@@ -533,7 +503,7 @@ class Connection(asyncio.Protocol):
 class MqttServer:
     """Sessions, subscriptions and retained messages of one broker, touched by the loop only.
 
-    The fog node needs two methods of it, `subscribe_inside` and `publish`.
+    The fog node needs two methods of it: `subscribe_inside` and `publish`.
     """
 
     def __init__(self, brokers: set[str], tell: Story):
@@ -554,7 +524,7 @@ class MqttServer:
         spawn(self.watch())
 
     async def watch(self) -> None:
-        """Cut off whoever has not said a whole packet in its time."""
+        """Cut off whoever has not sent a whole packet in its time."""
         while True:
             await asyncio.sleep(0.5)
             now = time.monotonic()
@@ -563,17 +533,20 @@ class MqttServer:
 
     def may_publish(self, client_id: str, topic: str) -> bool:
         """Below a broker's name a client speaks as itself, or for its fleet, ID-..."""
-        name, *levels = topic.split("/")
-        return name not in self.brokers or (
-            len(levels) > 2 and levels[0] in ("cars", "stations")
-            and (levels[1] == client_id or levels[1].startswith(client_id + "-")))
+        name, _, rest = topic.partition("/")
+        if name not in self.brokers:
+            return True
+        kind, _, rest = rest.partition("/")
+        who, slash, _ = rest.partition("/")
+        return (kind in ("cars", "stations") and slash == "/"
+                and (who == client_id or who.startswith(client_id + "-")))
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         session = self.sessions.get(client_id)
         if session and session.connection:
             session.connection.close("was taken over")      # [MQTT-3.1.4-2]
             session = self.sessions.get(client_id)
-        if session and (clean or session.clean):            # [MQTT-3.1.2-6]
+        if session and clean:                               # [MQTT-3.1.2-6]
             self.drop(session)
             session = None
         present = session is not None
@@ -581,24 +554,25 @@ class MqttServer:
         self.sessions[client_id] = session
         self.absent.pop(client_id, None)
         session.connection, connection.session = connection, session
-        connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1 to 3]
+        connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
         for packet_id, outgoing in list(session.unacked.items()):   # [MQTT-4.4.0-1]
             connection.send(outgoing.packet(packet_id))
         self.tell(f"<- {client_id:<8} connects{' again' * present}")
 
     def close_session(self, connection: Connection, why: str) -> None:
         session = connection.session
-        self.tell(f"<- {session.client_id if session else connection.peer:<8} {why}")
-        if session:
-            session.connection = None
-            if session.clean:
-                self.drop(session)
-            else:
-                self.absent[session.client_id] = session
-                session.keep_bounds()
-            if len(self.absent) > ABSENT:
-                self.drop(next(iter(self.absent.values())))
-        if session and connection.will:
+        self.tell(f"<- {session.client_id if session else 'somebody':<8} {why}")
+        if not session:
+            return
+        session.connection = None
+        if session.clean:
+            self.drop(session)
+        else:
+            self.absent[session.client_id] = session
+            session.keep_bounds()
+        if len(self.absent) > ABSENT:
+            self.drop(next(iter(self.absent.values())))
+        if connection.will:
             self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
     def drop(self, session: Session) -> None:
@@ -608,9 +582,11 @@ class MqttServer:
         del self.sessions[session.client_id]
 
     def subscribe(self, session: Session, topic_filter: str, qos: int) -> int:
-        """Returns the QoS granted, or 0x80: too many, or too deep."""
-        if len(session.filters) >= FILTERS or topic_filter.count("/") >= LEVELS:
+        """Returns the QoS granted, or 0x80: it has too many."""
+        nodes = 0 if topic_filter in session.filters else topic_filter.count("/") + 1
+        if session.nodes + nodes > NODES:
             return 0x80
+        session.nodes += nodes
         session.filters.add(topic_filter)
         self.tree.add(topic_filter, session, qos)
         return qos
@@ -618,6 +594,7 @@ class MqttServer:
     def unsubscribe(self, session: Session, topic_filter: str) -> None:
         if topic_filter in session.filters:
             session.filters.discard(topic_filter)
+            session.nodes -= topic_filter.count("/") + 1
             self.tree.remove(topic_filter, session)
 
     def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
@@ -626,12 +603,11 @@ class MqttServer:
 
     def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
         """To a new subscription, with the retain flag. [MQTT-3.3.1-6], [MQTT-3.3.1-8]"""
+        messages = [self.retained[topic_filter]] if topic_filter in self.retained else []
         if "+" in topic_filter or "#" in topic_filter:
             tree = TopicTree()
             tree.add(topic_filter, session, qos)
             messages = [m for topic, m in self.retained.items() if tree.match(topic)]
-        else:
-            messages = [m for m in [self.retained.get(topic_filter)] if m]
         for message in messages:
             session.deliver(message, qos, retain=True)
 
@@ -646,12 +622,11 @@ class MqttServer:
         """Replace what was kept for the topic [MQTT-3.3.1-5]; an empty one deletes it."""
         if old := self.retained.pop(message.topic, None):
             self.retained_bytes -= len(old.payload)
-        if not message.payload:                     # [MQTT-3.3.1-10, 11]
-            return
         if self.retained_bytes + len(message.payload) > RETAINED_BYTES:
-            return self.tell(f"cannot retain {message.topic!a:.80}: memory is full")
-        self.retained[message.topic] = message
-        self.retained_bytes += len(message.payload)
+            self.tell(f"cannot retain {message.topic!a:.80}: memory is full")
+        elif message.payload:                       # [MQTT-3.3.1-10], [MQTT-3.3.1-11]
+            self.retained[message.topic] = message
+            self.retained_bytes += len(message.payload)
 
 
 class Inside:
@@ -663,6 +638,10 @@ class Inside:
     def deliver(self, message: Message, granted: int) -> None:
         self.callback(message.topic, message.payload)
 
+
+# ========================================================================================
+# 3. The fog node: what is near, free and alive
+# ========================================================================================
 
 def spawn(coroutine) -> asyncio.Task:
     """A task whose fault is not forgotten."""
@@ -680,10 +659,6 @@ def end_task(task: asyncio.Task) -> None:
 
 TASKS: set[asyncio.Task] = set()    # touched by the loop only
 
-
-# ========================================================================================
-# 3. The fog node: what is near, free and alive
-# ========================================================================================
 
 @dataclasses.dataclass
 class Station:
