@@ -38,6 +38,8 @@ import io
 import itertools
 import json
 import math
+import operator
+import re
 import secrets
 import socket
 import struct
@@ -45,7 +47,7 @@ import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from paho.mqtt import client as paho
 
@@ -76,9 +78,7 @@ CARS = 10_000               # cars that a broker remembers
 HTTP_WAIT = 10              # s for a whole HTTP request to come in
 
 
-# ========================================================================================
-# 1. MQTT packets: bytes <-> fields
-# ========================================================================================
+# ===== 1. MQTT packets: bytes <-> fields ================================================
 #
 #     byte 0             bytes 1 to 4            the body
 #     +------+-------+   +------------------+   +----------------------+---------+
@@ -89,15 +89,20 @@ HTTP_WAIT = 10              # s for a whole HTTP request to come in
 (CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
  UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
 
-# What a client may send, and with which flags [MQTT-2.2.2-1]; PUBLISH has flags that speak.
-CLIENT_FLAGS = {CONNECT: 0, PUBACK: 0, PUBREC: 0, PUBREL: 2, PUBCOMP: 0, SUBSCRIBE: 2,
-                UNSUBSCRIBE: 2, PINGREQ: 0, DISCONNECT: 0}
+TOPIC = re.compile("[^+#]+")    # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
+FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1-1] to 3
 
-pack_number = struct.Struct(">H").pack
+ANY = -1
+pack = struct.Struct(">H").pack     # a number: two bytes
 
 
 class ProtocolError(Exception):
     """A client broke the standard: its connection is closed. [MQTT-4.8.0-1]"""
+
+
+def require(condition, fault: str) -> None:
+    if not condition:
+        raise ProtocolError(fault)
 
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
@@ -107,8 +112,7 @@ def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
     while length > 127:
         header.append(length & 127 | 128)
         length >>= 7
-    header.append(length)
-    return bytes(header) + body
+    return bytes(header) + bytes([length]) + body
 
 
 def find_body(buffer: bytearray, start: int) -> tuple[int, int] | None:
@@ -118,11 +122,9 @@ def find_body(buffer: bytearray, start: int) -> tuple[int, int] | None:
         length |= (byte & 127) << 7 * count
         if byte < 128:
             begin = start + count + 2
-            if begin + length - start > LIMIT:      # before a byte of it is waited for
-                raise ProtocolError("the packet is too long")
+            require(begin + length - start <= LIMIT, "the packet is too long")
             return (begin, begin + length) if begin + length <= len(buffer) else None
-    if len(buffer) >= start + 5:
-        raise ProtocolError("a length of more than four bytes")
+    require(len(buffer) < start + 5, "a length of more than four bytes")
     return None
 
 
@@ -133,133 +135,92 @@ class Packet:
         self.kind, self.flags, self.data, self.at = first >> 4, first & 15, data, 0
 
     def take(self, count: int) -> bytes:
-        piece = self.data[self.at:self.at + count]
-        if len(piece) < count:
-            raise ProtocolError("the packet ends in the middle of a field")
         self.at += count
-        return piece
+        require(self.at <= len(self.data), "a packet that ends in a field")
+        return self.data[self.at - count:self.at]
 
     def number(self) -> int:
         return int.from_bytes(self.take(2), "big")
 
+    def packet_id(self) -> int:
+        number = self.number()
+        require(number, "packet identifier 0")      # [MQTT-2.3.1-1]
+        return number
+
     def binary(self) -> bytes:
         return self.take(self.number())
 
-    def text(self) -> str:
-        return decode_text(self.binary())
+    def text(self, pattern: re.Pattern = re.compile(".*", re.S)) -> str:
+        try:
+            text = self.binary().decode()           # strict: no surrogates [MQTT-1.5.3-1]
+        except UnicodeDecodeError:
+            raise ProtocolError("text that is not UTF-8") from None
+        require("\0" not in text, "text with a U+0000")             # [MQTT-1.5.3-2]
+        require(pattern.fullmatch(text), "no good topic, or topic filter")
+        return text
 
-    def packet_id(self) -> int:
-        return self.number() or fail("packet identifier 0")     # [MQTT-2.3.1-1]
-
-    def is_empty(self) -> bool:
-        return self.at == len(self.data)
-
-    def end(self) -> None:
-        self.is_empty() or fail("bytes are left over")
-
-
-def fail(why: str):
-    raise ProtocolError(why)
-
-
-@functools.lru_cache(4096)      # the same topics come again and again
-def decode_text(data: bytes) -> str:
-    try:
-        text = data.decode()    # Python's UTF-8 is strict: no surrogates [MQTT-1.5.3-1]
-    except UnicodeDecodeError:
-        raise ProtocolError("text that is not UTF-8") from None
-    return text if "\0" not in text else fail("text with a U+0000")     # [MQTT-1.5.3-2]
+    def list(self, read: Callable) -> list:
+        """Fields up to the end; at least one. [MQTT-3.8.3-3], [MQTT-3.10.3-2]"""
+        found = [read()]
+        while self.at < len(self.data):
+            found.append(read())
+        return found
 
 
-def check_topic(topic: str) -> str:
-    """A topic name: not empty [MQTT-4.7.3-1], without wildcards [MQTT-3.3.2-2]."""
-    if not topic or "+" in topic or "#" in topic:
-        fail(f"{topic!a:.80} is not a topic name")
-    return topic
+class Message(NamedTuple):
+    """An application message on its way from a publisher to a subscriber."""
+    topic: str
+    payload: bytes
+    qos: int = 0
+    retain: bool = False
 
 
-def check_filter(topic_filter: str) -> str:
-    """A topic filter: + fills a level [MQTT-4.7.1-3], # is the last one [MQTT-4.7.1-2]."""
-    *levels, last = topic_filter.split("/")
-    if (not topic_filter or last != "#" and "#" in last or any("#" in x for x in levels)
-            or any("+" in x and x != "+" for x in (*levels, last))):
-        fail(f"{topic_filter!a:.80} is not a topic filter")
-    return topic_filter
+@functools.lru_cache(8)     # so it is encoded once for all its QoS 0 subscribers
+def encode_publish(message: Message, packet_id: int = 0, dup: bool = False) -> bytes:
+    topic, number = message.topic.encode(), pack(packet_id) if message.qos else b""
+    return encode(PUBLISH, pack(len(topic)), topic, number, message.payload,
+                  flags=dup << 3 | message.qos << 1 | message.retain)
 
 
-class Message:
-    """An application message on its way from a publisher to the subscribers."""
-    __slots__ = "topic", "payload", "qos", "plain"
+# ===== 2. The MQTT server: topic tree, sessions, connections ============================
 
-    def __init__(self, topic: str, payload: bytes, qos: int):
-        self.topic, self.payload, self.qos = topic, payload, qos
-        self.plain = b""        # its QoS 0 packet, encoded once for all who want it
-
-    def packet(self, qos=0, packet_id=0, retain=False, dup=False) -> bytes:
-        if not qos and not retain and self.plain:
-            return self.plain
-        topic = self.topic.encode()
-        packet = encode(PUBLISH, pack_number(len(topic)), topic,
-                        pack_number(packet_id) if qos else b"", self.payload,
-                        flags=dup << 3 | qos << 1 | retain)
-        if not qos and not retain:
-            self.plain = packet
-        return packet
-
-
-# ========================================================================================
-# 2. The MQTT server: the topic tree, sessions, connections
-# ========================================================================================
-
-class TopicTree:
-    """Who subscribes to what: a node a level, so a message costs its depth to match.
+class TopicTree(dict):
+    """Who subscribes to what: level -> the tree below it. To match costs the topic's depth.
 
         server1 -- cars -- + -- request   {fog: 1}
                      |     +--- plug -- P1   {P1: 1}
                      +-- car1 -- reply   {car1: 1}
     """
-    __slots__ = "children", "subscribers"
-
     def __init__(self):
-        self.children: dict[str, TopicTree] = {}
+        super().__init__()
         self.subscribers: dict = {}     # subscriber: the QoS granted to it
 
+    def __missing__(self, level: str) -> "TopicTree":
+        node = self[level] = TopicTree()
+        return node
+
     def add(self, topic_filter: str, subscriber, qos: int) -> None:
-        node = self
-        for level in topic_filter.split("/"):
-            if level not in node.children:
-                node.children[level] = TopicTree()
-            node = node.children[level]
+        node = functools.reduce(operator.getitem, topic_filter.split("/"), self)
         node.subscribers[subscriber] = qos      # a second time replaces [MQTT-3.8.4-3]
 
     def remove(self, topic_filter: str, subscriber) -> None:
-        path = [self]
-        for level in topic_filter.split("/"):
-            path.append(path[-1].children[level])
-        del path[-1].subscribers[subscriber]
-        for level in reversed(topic_filter.split("/")):     # leave no empty branches
-            node = path.pop()
-            if not node.children and not node.subscribers:
-                del path[-1].children[level]
+        levels = topic_filter.split("/")
+        nodes = list(itertools.accumulate(levels, operator.getitem, initial=self))
+        del nodes[-1].subscribers[subscriber]
+        while levels and not (nodes[-1] or nodes[-1].subscribers):
+            nodes.pop()
+            del nodes[-1][levels.pop()]         # leave no empty branches
 
     def match(self, topic: str) -> dict:
         """Each subscriber once, with the highest QoS of its filters that match."""
-        ends, nodes = [], [self]        # level by level: no recursion, however deep
-        wild = topic[0] != "$"          # [MQTT-4.7.2-1]
-        for level in topic.split("/"):
-            below = []
-            for node in nodes:
-                children = node.children
-                if level in children:
-                    below.append(children[level])
-                if wild and "+" in children:
-                    below.append(children["+"])
-                if wild and "#" in children:
-                    ends.append(children["#"])
-            nodes, wild = below, True
-        ends += [node.children["#"] for node in nodes if "#" in node.children]  # a/# has a
+        ends, nodes, wild = [], [self], topic[0] != "$"     # [MQTT-4.7.2-1]
+        for level in topic.split("/"):      # level by level: no recursion, however deep
+            ends += [node["#"] for node in nodes if wild and "#" in node]
+            nodes = [node[key] for node in nodes
+                     for key in ((level, "+") if wild else (level,)) if key in node]
+            wild = True
         found = {}
-        for node in (*nodes, *ends):
+        for node in nodes + ends + [node["#"] for node in nodes if "#" in node]:
             for subscriber, qos in node.subscribers.items():
                 found[subscriber] = max(qos, found.get(subscriber, 0))
         return found
@@ -269,16 +230,8 @@ class TopicTree:
 class Outgoing:
     """A QoS 1 or 2 message that its receiver has not acknowledged to the end."""
     message: Message
-    qos: int
-    retain: bool
+    expects: int            # QoS 1: PUBACK; QoS 2: PUBREC, then PUBCOMP
     sent: bool = False      # then sending it again is a duplicate: DUP [MQTT-3.3.1-1]
-    expects: int = PUBACK   # QoS 1: PUBACK; QoS 2: PUBREC, then PUBCOMP
-
-    def packet(self, packet_id: int) -> bytes:
-        if self.expects == PUBCOMP:
-            return encode(PUBREL, pack_number(packet_id), flags=2)
-        dup, self.sent = self.sent, True
-        return self.message.packet(self.qos, packet_id, self.retain, dup)
 
 
 class Session:
@@ -289,43 +242,45 @@ class Session:
     def __init__(self, client_id: str, clean: bool):
         self.client_id, self.clean = client_id, clean
         self.connection: Connection | None = None
-        self.filters, self.nodes = set(), 0     # and how many levels they have together
+        self.filters: set[str] = set()
         self.unacked: dict[int, Outgoing] = collections.OrderedDict()   # [MQTT-4.6.0-1]
         self.kept_bytes = 0                     # of their payloads
         self.received: set[int] = set()         # QoS 2 identifiers not yet released
-        self.last_id = 0
+        self.ids = itertools.count()
 
-    def deliver(self, message: Message, granted: int, retain: bool = False) -> None:
+    def deliver(self, message: Message, granted: int) -> None:
         """Send or keep a message: the lower QoS of publisher and subscriber counts."""
-        qos, connection = min(granted, message.qos), self.connection    # [MQTT-3.8.4-6]
-        if qos == 0:
-            if connection:
-                connection.send(message.packet(retain=retain))
-            return
-        packet_id = self.next_id()
-        outgoing = Outgoing(message, qos, retain, expects=PUBACK if qos == 1 else PUBREC)
-        self.unacked[packet_id] = outgoing
-        self.kept_bytes += len(message.payload)
-        if not connection:
+        if granted < message.qos:               # [MQTT-3.8.4-6]
+            message = message._replace(qos=granted)
+        if message.qos:
+            packet_id = next(free for number in self.ids        # [MQTT-2.3.1-2]
+                             if (free := number % 65535 + 1) not in self.unacked)
+            expects = PUBACK if message.qos == 1 else PUBREC
+            self.unacked[packet_id] = Outgoing(message, expects)
+            self.kept_bytes += len(message.payload)
+            self.send(packet_id)
             self.keep_bounds()
-        elif len(self.unacked) > UNACKED:
-            connection.close("acknowledges nothing")
-        else:
-            connection.send(outgoing.packet(packet_id))
+        elif self.connection:
+            self.connection.send(encode_publish(message))
 
-    def next_id(self) -> int:
-        """The next packet identifier that is not in use. [MQTT-2.3.1-2]"""
-        while True:
-            self.last_id = self.last_id % 65535 + 1
-            if self.last_id not in self.unacked:
-                return self.last_id
+    def send(self, packet_id: int) -> None:
+        """Send what comes next for a message, for the first time or again. [MQTT-4.4.0-1]"""
+        if self.connection:
+            outgoing = self.unacked[packet_id]
+            self.connection.send(
+                encode(PUBREL, pack(packet_id), flags=2) if outgoing.expects == PUBCOMP else
+                encode_publish(outgoing.message, packet_id, dup=outgoing.sent))
+            outgoing.sent = True
 
     def settle(self, packet_id: int) -> None:
         """Forget a message: its receiver has it for good, or was away too long."""
         self.kept_bytes -= len(self.unacked.pop(packet_id).message.payload)
 
     def keep_bounds(self) -> None:
-        while len(self.unacked) > KEPT or self.kept_bytes > KEPT_BYTES:
+        if self.connection and len(self.unacked) > UNACKED:
+            self.connection.close("acknowledges nothing")
+        while not self.connection and (len(self.unacked) > KEPT
+                                       or self.kept_bytes > KEPT_BYTES):
             self.settle(next(iter(self.unacked)))
 
 
@@ -333,12 +288,11 @@ class Connection(asyncio.Protocol):
     """One client's socket. The loop calls data_received; each packet meets its do_..."""
 
     def __init__(self, server: "MqttServer"):
-        self.server = server
+        self.server, self.closed = server, False
         self.session: Session | None = None     # from CONNECT on
-        self.will: tuple | None = None          # topic, payload, QoS, retain
+        self.will: Message | None = None
         self.buffer, self.out, self.waiting = bytearray(), [], 0    # waiting: bytes in out
         self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
-        self.closed = False
 
     def connection_made(self, transport) -> None:
         self.transport = transport
@@ -362,37 +316,36 @@ class Connection(asyncio.Protocol):
             self.close(f"broke the protocol: {fault}")
         if at:
             del buffer[:at]
-            self.deadline = time.monotonic() + self.patience    # [MQTT-3.1.2-24]
+            self.deadline = time.monotonic() + self.patience        # [MQTT-3.1.2-24]
 
     def handle(self, packet: Packet) -> None:
-        kind = packet.kind
-        if (kind == CONNECT) == bool(self.session):     # [MQTT-3.1.0-1], [MQTT-3.1.0-2]
-            fail("CONNECT must be the first packet, and no other one")
-        if kind != PUBLISH and CLIENT_FLAGS.get(kind) != packet.flags:    # [MQTT-2.2.2-2]
-            fail(f"no client may send packet type {kind} with flags {packet.flags}")
-        self.HANDLERS[kind](self, packet)
+        require((packet.kind == CONNECT) != bool(self.session),     # [MQTT-3.1.0-1], 2
+                "CONNECT must be the first packet, and no other one")
+        flags, size, act = self.HANDLERS.get(packet.kind, (None, None, None))
+        require(act and flags in (packet.flags, ANY), "a packet no client may send")
+        require(size in (len(packet.data), ANY), "bytes missing or left over")
+        act(self, packet)
 
     def do_connect(self, packet: Packet) -> None:
         """protocol name | level | flags | keepalive | client id | will | user | password"""
-        if packet.text() != "MQTT":                       # [MQTT-3.1.2-1]
-            fail("this is not MQTT")
+        require(packet.text() == "MQTT", "not MQTT")                # [MQTT-3.1.2-1]
         level, flags, keepalive = *packet.take(2), packet.number()
         if level != 4:
-            return self.refuse(1, "wants another version of MQTT")      # [MQTT-3.1.2-2]
+            return self.refuse(1, "another version of MQTT")        # [MQTT-3.1.2-2]
         user, password, retain = flags & 128, flags & 64, bool(flags & 32)
         qos, will, clean = flags >> 3 & 3, flags & 4, bool(flags & 2)
-        if flags & 1 or qos == 3 or not will and (qos or retain) or password and not user:
-            fail("impossible flags")            # [MQTT-3.1.2-3], [MQTT-3.1.2-11] to 22
+        require(not flags & 1 and qos < 3 and (will or not qos and not retain)
+                and (user or not password), "impossible flags")     # [MQTT-3.1.2-3] to 22
         client_id = packet.text()
-        will = (check_topic(packet.text()), packet.binary(), qos, retain) if will else None
+        will = Message(packet.text(TOPIC), packet.binary(), qos, retain) if will else None
         user, password = user and packet.text(), password and packet.binary()
-        packet.end()
+        require(packet.at == len(packet.data), "bytes left over")
         if not client_id and not clean:
-            return self.refuse(2, "has no client id for its session")   # [MQTT-3.1.3-8]
-        client_id = client_id or f"auto-{secrets.token_hex(8)}"         # [MQTT-3.1.3-6]
-        if will and not self.server.may_publish(client_id, will[0]):
-            return self.refuse(5, "has a will in another's name")
-        self.will, self.patience = will, keepalive * 1.5 or math.inf    # [MQTT-3.1.2-24]
+            return self.refuse(2, "no client id for its session")   # [MQTT-3.1.3-8]
+        client_id = client_id or f"auto-{secrets.token_hex(8)}"     # [MQTT-3.1.3-6]
+        if will and not self.server.may_publish(client_id, will.topic):
+            return self.refuse(5, "a will in another's name")
+        self.will, self.patience = will, keepalive * 1.5 or math.inf
         self.server.open_session(self, client_id, clean)
 
     def refuse(self, code: int, why: str) -> None:
@@ -401,81 +354,76 @@ class Connection(asyncio.Protocol):
 
     def do_publish(self, packet: Packet) -> None:
         """topic | packet identifier if QoS is 1 or 2 | payload; flags: DUP, QoS, RETAIN"""
-        qos, retain, received = packet.flags >> 1 & 3, packet.flags & 1, self.session.received
-        if qos == 3 or qos == 0 and packet.flags & 8:     # [MQTT-3.3.1-4], [MQTT-3.3.1-2]
-            fail("impossible QoS or DUP")
-        topic = check_topic(packet.text())
-        packet_id = packet.packet_id() if qos else 0
-        if not self.server.may_publish(self.session.client_id, topic):
-            fail(f"may not publish {topic!a:.99}")
+        qos, received = packet.flags >> 1 & 3, self.session.received
+        require(qos < 3 and (qos or packet.flags < 8), "impossible flags")  # [MQTT-3.3.1-2], 4
+        topic, packet_id = packet.text(TOPIC), packet.packet_id() if qos else 0
+        require(self.server.may_publish(self.session.client_id, topic),
+                f"may not publish {topic!a:.99}")
         if qos < 2 or packet_id not in received:        # else it is a QoS 2 message again
-            self.server.publish(topic, packet.data[packet.at:], qos, retain)
+            self.server.publish(topic, packet.data[packet.at:], qos, bool(packet.flags & 1))
         if qos == 1:
-            self.send(encode(PUBACK, pack_number(packet_id)))           # [MQTT-4.3.2-2]
+            self.send(encode(PUBACK, pack(packet_id)))              # [MQTT-4.3.2-2]
         elif qos == 2:
             received.add(packet_id)                     # until PUBREL [MQTT-4.3.3-2]
-            self.send(encode(PUBREC, pack_number(packet_id)))
-            if len(received) > UNACKED:
-                self.close("releases nothing")
+            self.send(encode(PUBREC, pack(packet_id)))
+        if len(received) > UNACKED:
+            self.close("releases nothing")
 
     def do_acknowledge(self, packet: Packet) -> None:
-        """QoS 1 ends with PUBACK; QoS 2 goes on with PUBREC, PUBREL, and ends with PUBCOMP."""
-        kind, packet_id = packet.kind, packet.packet_id()
-        packet.end()
-        outgoing = self.session.unacked.get(packet_id)
-        if kind == PUBREL:
+        """PUBACK ends QoS 1. PUBREC, PUBREL, PUBCOMP: we ask, and answer, to end QoS 2."""
+        packet_id, kind = packet.packet_id(), packet.kind
+        if kind == PUBREL:                              # [MQTT-4.3.3-2]
             self.session.received.discard(packet_id)
-            self.send(encode(PUBCOMP, pack_number(packet_id)))          # [MQTT-4.3.3-2]
-        elif outgoing and kind != outgoing.expects and (kind, outgoing.expects) != (
-                PUBREC, PUBCOMP):                       # a second PUBREC does no harm
-            fail("the wrong acknowledgement")
-        elif kind == PUBREC:
+            return self.send(encode(PUBCOMP, pack(packet_id)))
+        outgoing = self.session.unacked.get(packet_id)
+        require(not outgoing or outgoing.expects == kind        # a second PUBREC is harmless
+                or (kind, outgoing.expects) == (PUBREC, PUBCOMP), "the wrong answer")
+        if kind == PUBREC:                              # [MQTT-4.3.3-1]
+            self.send(encode(PUBREL, pack(packet_id), flags=2))
             if outgoing:
                 outgoing.expects = PUBCOMP
-            self.send(encode(PUBREL, pack_number(packet_id), flags=2))  # [MQTT-4.3.3-1]
         elif outgoing:
             self.session.settle(packet_id)
 
     def do_subscribe(self, packet: Packet) -> None:
-        packet_id, wanted = packet.packet_id(), []
-        while not wanted or not packet.is_empty():        # at least one [MQTT-3.8.3-3]
-            wanted.append((check_filter(packet.text()), packet.take(1)[0]))
-        if any(qos > 2 for _, qos in wanted):           # [MQTT-3-8.3-4]
-            fail("impossible QoS")
-        codes = [self.server.subscribe(self.session, *pair) for pair in wanted]
-        self.send(encode(SUBACK, pack_number(packet_id), bytes(codes)))  # [MQTT-3.8.4-5]
-        for (topic_filter, qos), code in zip(wanted, codes):
-            if code == qos:
-                self.server.send_retained(self.session, topic_filter, qos)
+        packet_id = packet.packet_id()
+        wanted = packet.list(lambda: (packet.text(FILTER), packet.take(1)[0]))
+        require(all(qos < 3 for _, qos in wanted), "impossible QoS")    # [MQTT-3-8.3-4]
+        filters = self.session.filters
+        room = sum(known.count("/") + 1 for known in filters) < NODES
+        self.send(encode(SUBACK, pack(packet_id),                   # [MQTT-3.8.4-5]
+                         bytes(qos if room else 0x80 for _, qos in wanted)))
+        for topic_filter, qos in wanted if room else ():
+            filters.add(topic_filter)
+            self.server.tree.add(topic_filter, self.session, qos)
+            self.server.send_retained(self.session, topic_filter, qos)
 
     def do_unsubscribe(self, packet: Packet) -> None:
-        packet_id, filters = packet.packet_id(), []
-        while not filters or not packet.is_empty():       # at least one [MQTT-3.10.3-2]
-            filters.append(check_filter(packet.text()))
+        packet_id = packet.packet_id()
+        filters = set(packet.list(lambda: packet.text(FILTER))) & self.session.filters
         for topic_filter in filters:
-            self.server.unsubscribe(self.session, topic_filter)
-        self.send(encode(UNSUBACK, pack_number(packet_id)))             # [MQTT-3.10.4-5]
-
-    def do_pingreq(self, packet: Packet) -> None:
-        packet.end()
-        self.send(encode(PINGRESP))                     # [MQTT-3.12.4-1]
+            self.server.tree.remove(topic_filter, self.session)
+        self.session.filters -= filters
+        self.send(encode(UNSUBACK, pack(packet_id)))                # [MQTT-3.10.4-5]
 
     def do_disconnect(self, packet: Packet) -> None:
-        packet.end()
-        self.will = None                                # [MQTT-3.1.2-10]
+        self.will = None                                            # [MQTT-3.1.2-10]
         self.close("said goodbye")
 
-    HANDLERS = {CONNECT: do_connect, PUBLISH: do_publish, PUBACK: do_acknowledge,
-                PUBREC: do_acknowledge, PUBREL: do_acknowledge, PUBCOMP: do_acknowledge,
-                SUBSCRIBE: do_subscribe, UNSUBSCRIBE: do_unsubscribe,
-                PINGREQ: do_pingreq, DISCONNECT: do_disconnect}
+    HANDLERS = {    # what a client may send, with which flags [MQTT-2.2.2-1] and body size
+        CONNECT: (0, ANY, do_connect), DISCONNECT: (0, 0, do_disconnect),
+        PUBLISH: (ANY, ANY, do_publish), PUBACK: (0, 2, do_acknowledge),
+        PUBREC: (0, 2, do_acknowledge), PUBREL: (2, 2, do_acknowledge),
+        PUBCOMP: (0, 2, do_acknowledge), SUBSCRIBE: (2, ANY, do_subscribe),
+        UNSUBSCRIBE: (2, ANY, do_unsubscribe),             # [MQTT-3.12.4-1]
+        PINGREQ: (0, 0, lambda self, packet: self.send(encode(PINGRESP)))}
 
-    def send(self, packet: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Collect what goes out; one system call sends it when the loop comes round."""
         if not self.out:
             self.server.loop.call_soon(self.flush)
-        self.out.append(packet)
-        self.waiting += len(packet)
+        self.out.append(data)
+        self.waiting += len(data)
         if self.waiting > LIMIT:
             self.flush()
 
@@ -487,17 +435,14 @@ class Connection(asyncio.Protocol):
                 self.close("reads too slowly")
 
     def close(self, why: str) -> None:
-        """However a connection ends, it ends here, and once: first the session, then the will."""
+        """However a connection ends, it ends here, and once: the session, then the will."""
         self.flush()
-        if self.closed:
-            return
-        self.closed = True
-        self.server.connections.discard(self)
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()      # whoever does not read does not get the rest
-        else:
+        if not self.closed:
+            self.closed = True
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()      # whoever does not read does not get the rest
             self.transport.close()
-        self.server.close_session(self, why)
+            self.server.close_session(self, why)
 
 
 class MqttServer:
@@ -511,91 +456,53 @@ class MqttServer:
         self.connections: set[Connection] = set()
         self.sessions: dict[str, Session] = {}
         self.absent: dict[str, Session] = collections.OrderedDict()     # longest away first
-        self.tree = TopicTree()
-        self.retained: dict[str, Message] = {}
-        self.retained_bytes = 0
-
-    async def serve(self, host: str, port: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        with explain_taken(host, port):
-            family, address = listening_address(host, port, self.tell)
-            await self.loop.create_server(lambda: Connection(self), *address[:2],
-                                          family=family, backlog=BACKLOG)
-        spawn(self.watch())
+        self.tree, self.retained, self.retained_bytes = TopicTree(), {}, 0
 
     async def watch(self) -> None:
         """Cut off whoever has not sent a whole packet in its time."""
-        while True:
-            await asyncio.sleep(0.5)
+        while await asyncio.sleep(0.5, True):
             now = time.monotonic()
             for connection in [c for c in self.connections if c.deadline < now]:
                 connection.close("was silent for too long")
 
     def may_publish(self, client_id: str, topic: str) -> bool:
         """Below a broker's name a client speaks as itself, or for its fleet, ID-..."""
-        name, _, rest = topic.partition("/")
-        if name not in self.brokers:
-            return True
-        kind, _, rest = rest.partition("/")
-        who, slash, _ = rest.partition("/")
-        return (kind in ("cars", "stations") and slash == "/"
-                and (who == client_id or who.startswith(client_id + "-")))
+        name, kind, who, *_ = topic.split("/", 3) + ["", ""]
+        return name not in self.brokers or kind in ("cars", "stations") and (
+            who == client_id or who.startswith(client_id + "-"))
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         session = self.sessions.get(client_id)
         if session and session.connection:
             session.connection.close("was taken over")      # [MQTT-3.1.4-2]
-            session = self.sessions.get(client_id)
-        if session and clean:                               # [MQTT-3.1.2-6]
+        if clean and client_id in self.sessions:            # [MQTT-3.1.2-6]
             self.drop(session)
-            session = None
-        present = session is not None
-        session = session or Session(client_id, clean)
-        self.sessions[client_id] = session
+        present = client_id in self.sessions
+        session = self.sessions.setdefault(client_id, Session(client_id, clean))
         self.absent.pop(client_id, None)
         session.connection, connection.session = connection, session
         connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
-        for packet_id, outgoing in list(session.unacked.items()):   # [MQTT-4.4.0-1]
-            connection.send(outgoing.packet(packet_id))
+        for packet_id in list(session.unacked):
+            session.send(packet_id)
         self.tell(f"<- {client_id:<8} connects{' again' * present}")
 
     def close_session(self, connection: Connection, why: str) -> None:
+        self.connections.discard(connection)
         session = connection.session
         self.tell(f"<- {session.client_id if session else 'somebody':<8} {why}")
-        if not session:
-            return
-        session.connection = None
-        if session.clean:
-            self.drop(session)
-        else:
+        if session:
+            session.connection = None
             self.absent[session.client_id] = session
             session.keep_bounds()
-        if len(self.absent) > ABSENT:
-            self.drop(next(iter(self.absent.values())))
+            if session.clean or len(self.absent) > ABSENT:
+                self.drop(session if session.clean else next(iter(self.absent.values())))
         if connection.will:
             self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
     def drop(self, session: Session) -> None:
         for topic_filter in session.filters:
             self.tree.remove(topic_filter, session)
-        self.absent.pop(session.client_id, None)
-        del self.sessions[session.client_id]
-
-    def subscribe(self, session: Session, topic_filter: str, qos: int) -> int:
-        """Returns the QoS granted, or 0x80: it has too many."""
-        nodes = 0 if topic_filter in session.filters else topic_filter.count("/") + 1
-        if session.nodes + nodes > NODES:
-            return 0x80
-        session.nodes += nodes
-        session.filters.add(topic_filter)
-        self.tree.add(topic_filter, session, qos)
-        return qos
-
-    def unsubscribe(self, session: Session, topic_filter: str) -> None:
-        if topic_filter in session.filters:
-            session.filters.discard(topic_filter)
-            session.nodes -= topic_filter.count("/") + 1
-            self.tree.remove(topic_filter, session)
+        del self.absent[session.client_id], self.sessions[session.client_id]
 
     def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
         """`callback(topic, payload)` for each message: a subscriber without a socket."""
@@ -603,20 +510,20 @@ class MqttServer:
 
     def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
         """To a new subscription, with the retain flag. [MQTT-3.3.1-6], [MQTT-3.3.1-8]"""
-        messages = [self.retained[topic_filter]] if topic_filter in self.retained else []
+        topics = [topic_filter] if topic_filter in self.retained else []
         if "+" in topic_filter or "#" in topic_filter:
-            tree = TopicTree()
+            tree = TopicTree()      # one rule for what matches
             tree.add(topic_filter, session, qos)
-            messages = [m for topic, m in self.retained.items() if tree.match(topic)]
-        for message in messages:
-            session.deliver(message, qos, retain=True)
+            topics = [topic for topic in self.retained if tree.match(topic)]
+        for topic in topics:
+            session.deliver(self.retained[topic], qos)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
-        message = Message(topic, payload, qos)
+        message = Message(topic, payload, qos)      # not as a retained one [MQTT-3.3.1-9]
         if retain:
-            self.retain(message)
+            self.retain(message._replace(retain=True))
         for subscriber, granted in self.tree.match(topic).items():
-            subscriber.deliver(message, granted)    # retain flag off [MQTT-3.3.1-9]
+            subscriber.deliver(message, granted)
 
     def retain(self, message: Message) -> None:
         """Replace what was kept for the topic [MQTT-3.3.1-5]; an empty one deletes it."""
@@ -629,19 +536,16 @@ class MqttServer:
             self.retained_bytes += len(message.payload)
 
 
-class Inside:
-    """A subscriber inside the server: a function in the place of a socket."""
-
-    def __init__(self, callback: Callable):
-        self.callback = callback
-
-    def deliver(self, message: Message, granted: int) -> None:
-        self.callback(message.topic, message.payload)
-
-
 # ========================================================================================
 # 3. The fog node: what is near, free and alive
 # ========================================================================================
+
+class Inside:
+    """A subscriber inside the server: a function in the place of a session."""
+
+    def __init__(self, callback: Callable):
+        self.deliver = lambda message, granted: callback(message.topic, message.payload)
+
 
 def spawn(coroutine) -> asyncio.Task:
     """A task whose fault is not forgotten."""
@@ -1228,12 +1132,21 @@ async def serve(names: list[str], city: City, external: bool) -> None:
         else:
             server = MqttServer({b.name for b in city.ring}, tell)
             fog.attach(server)
-            await server.serve(broker.host, broker.mqtt)
+            await listen(server, broker)
         for door in tcp, web:               # a thread each waits for guests
             threading.Thread(target=door.serve_forever, daemon=True).start()
         tell(f"serves {', '.join(fog.stations) or 'no station'}: MQTT on {broker.mqtt}, "
              f"http://{broker.host}:{broker.http}/, TCP on {broker.tcp}")
     await asyncio.Event().wait()
+
+
+async def listen(server: MqttServer, broker: ring.Broker) -> None:
+    server.loop = asyncio.get_running_loop()
+    with explain_taken(broker.host, broker.mqtt):
+        family, address = listening_address(broker.host, broker.mqtt, server.tell)
+        await server.loop.create_server(lambda: Connection(server), *address[:2],
+                                        family=family, backlog=BACKLOG)
+    spawn(server.watch())
 
 
 def on_loop_fault(loop, context: dict) -> None:
