@@ -26,12 +26,11 @@ Read next: station.py. Left out on purpose: MQTT 5, TLS, and anything kept on di
 
 import argparse
 import asyncio
-import base64
 import collections
 import dataclasses
 import functools
-import hashlib
 import heapq
+import hmac
 import http
 import http.server
 import io
@@ -52,11 +51,11 @@ from typing import Callable, NamedTuple
 from paho.mqtt import client as paho
 
 import ring
-from cloud_server import (BACKLOG, LIMIT, RETRY, Door, Lines, Patience, Story, call,
+from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story, call,
                           check_request, crash, explain_taken, give_up, has_room, is_id,
-                          is_reply, listening_address, outcome, refusal, search, start_up,
+                          is_key, is_reply, listening_address, mqtt_password, outcome, read_request, refusal, search, start_up,
                           until_stopped)
-from ring import City, is_name, is_number, need, read_json
+from ring import City, is_name, is_number, need, read_json, read_object
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLOW = 1024 * 1024          # bytes that may wait for a subscriber that does not read
@@ -342,6 +341,9 @@ class Connection(asyncio.Protocol):
         require(packet.at == len(packet.data), "bytes left over")
         if not client_id and not clean:
             return self.refuse(2, "no client id for its session")   # [MQTT-3.1.3-8]
+        if KEY and (user != client_id or not hmac.compare_digest(
+                password or b"", mqtt_password(client_id).encode())):
+            return self.refuse(5, "the wrong key")
         client_id = client_id or f"auto-{secrets.token_hex(8)}"     # [MQTT-3.1.3-6]
         if will and not self.server.may_publish(client_id, will.topic):
             return self.refuse(5, "a will in another's name")
@@ -658,7 +660,7 @@ class Fog:
         request_id = None
         try:
             request = read_object(payload) | {"car": car}
-            request_id = request.get("id") if is_id(request.get("id")) else None
+            request_id = readable_id(request)
             check_request(self.city, request)
         except ValueError as fault:
             self.send(f"cars/{car}/reply", refusal(request_id, f"bad request: {fault}",
@@ -858,10 +860,8 @@ class Asked:
         return time.monotonic() > self.since + self.task.result().get("hold", math.inf)
 
 
-def read_object(payload: bytes) -> dict:
-    value = read_json(payload)
-    need(isinstance(value, dict), "not a JSON object")
-    return value
+def readable_id(request: dict) -> str | None:
+    return request.get("id") if is_id(request.get("id")) else None
 
 
 # ========================================================================================
@@ -882,17 +882,19 @@ class Doors:
 
     def answer_line(self, line: bytes, is_gone: Callable) -> dict:
         """The answer to a line of TCP."""
-        request_id = None
+        refused = {}
         try:
-            request = read_object(line)
+            request = read_request(line)
             if request.get("op") == "status":
                 return self.in_loop(self.fog.status())
             need(request.get("op") == "reserve", 'wanted: "op": "reserve" or "status"')
-            request_id = request.get("id") if is_id(request.get("id")) else None
+            refused = refusal(readable_id(request), "bad request", [self.fog.name])
             check_request(self.fog.city, request)
         except ValueError as fault:
             self.fog.tell(f"<- a question that makes no sense: {fault!s:.99}")
-            return refusal(request_id, f"bad request: {fault}") | {"error": str(fault)}
+            if refused:
+                refused["reason"] = f"bad request: {fault}"
+            return refused | {"error": str(fault)}
         return self.in_loop(self.reserve(request, is_gone))
 
     async def reserve(self, request: dict, is_gone: Callable) -> dict:
@@ -972,6 +974,9 @@ class Http(http.server.BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def do(self):
+        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        if self.path != "/" and not is_key(key if scheme == "Bearer" else None):
+            return self.reply(401, {"error": "key"}, close=True)
         methods = self.server.answer(self.path)
         if not methods:
             return self.reply(404, {"error": "no such page"}, close=True)
@@ -1005,6 +1010,8 @@ class Http(http.server.BaseHTTPRequestHandler):
                          else "application/json")
         if page:
             self.send_header("Content-Security-Policy", PAGE_POLICY)
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
         if status == 405:
             self.send_header("Allow", ", ".join(self.server.answer(self.path)))
         if status == 503:
@@ -1040,6 +1047,9 @@ def mqtt_client(client_id: str) -> paho.Client:
     client.on_socket_open = lambda client, data, sock: sock.setsockopt(
         socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # or messages wait 40 ms for an ACK
     client.connect_timeout = 3
+    client.max_inflight_messages_set(UNACKED)   # paho's 20 would make a rush hour queue
+    if KEY:
+        client.username_pw_set(client_id, mqtt_password(client_id))
     return client
 
 

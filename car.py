@@ -23,15 +23,19 @@ Left out on purpose: traffic, hills, and choosing a spot by anything but its dis
 """
 
 import argparse
+import collections
+import contextlib
 import itertools
-import json
+import logging
 import random
+import select
+import sys
 import threading
 import time
 
-from broker import Link, read_object
+from broker import Link
 from cloud_server import Story, give_up, is_reply, positive, run_until_stopped, start_up
-from ring import Broker, City, is_name, is_number, need
+from ring import Broker, City, is_name, is_number, need, read_object
 
 FULL = 60           # km on a full battery
 LOW = 25            # %: below it the car asks for a spot
@@ -285,6 +289,108 @@ class Car:
         return f"[{'#' * full}{'.' * (10 - full)}] {self.battery:3.0f} %"
 
 
+# --- Rush hour ---------------------------------------------------------------------------
+
+class Rush:
+    """Many cars that ask at once, over one connection for each MQTT server."""
+
+    def __init__(self, city: City, count: int, seed: int):
+        self.city, stamp, dice = city, time.time_ns() % 10**9, random.Random(seed)
+        self.cars = {f"rush-{n}": dice.choice(list(city.places)) for n in range(1, count + 1)}
+        self.ids = {f"{car}-{stamp}": car for car in self.cars}
+        self.since: dict[str, float] = {}       # request id: when it was sent
+        self.fared: dict[str, list] = {}        # how they fared: [(seconds, offer or None)]
+        self.answered: dict[str, dict] = {}     # request id: its reply
+        self.links = {}                         # broker: link; brokers may share a server
+
+    def run(self) -> int:
+        """Returns the exit status: 1 if an answer is missing, or came twice."""
+        servers = {}
+        for broker in self.city.ring:
+            address = broker.host, broker.mqtt
+            if address not in servers:
+                servers[address] = Link(broker, "rush", f"{broker.name}/cars/rush/state", None)
+            self.links[broker.name] = servers[address]
+            self.links[broker.name].subscribe(f"{broker.name}/cars/+/reply")
+        self.ask()
+        end = time.monotonic() + REPLY_WAIT
+        while len(self.answered) < len(self.cars) and time.monotonic() < end:
+            self.listen(TURN)
+        took = time.monotonic() - min(self.since.values())
+        self.give_back()
+        return self.report(took)
+
+    def ask(self) -> None:
+        for number, (request_id, car) in enumerate(self.ids.items()):
+            at = self.cars[car]
+            broker = self.city.places[at]["broker"]
+            self.since[request_id] = time.monotonic()
+            self.links[broker].publish(f"{broker}/cars/{car}/request",
+                                       {"id": request_id, "at": at, "range": FULL})
+            if number % 8 == 0:     # hear the first answers while the last ones still ask
+                self.listen(0)
+
+    def listen(self, seconds: float) -> None:
+        by_socket = {link.client.socket(): link for link in self.links.values()}
+        for ready in select.select(list(by_socket), [], [], seconds)[0]:
+            link = by_socket[ready]
+            link.turn(0)
+            while link.inbox:
+                self.hear(read_object(link.inbox.popleft().payload))
+
+    def hear(self, reply: dict) -> None:
+        request_id = reply.get("id")
+        if request_id not in self.ids:
+            return      # another car's, or an earlier rush's
+        kind = "refused"
+        if request_id in self.answered:
+            kind = "twice"
+        elif reply["station"]:
+            kind = len(reply["asked"]) - 1
+        self.answered.setdefault(request_id, reply)
+        self.fared.setdefault(kind, []).append(time.monotonic() - self.since[request_id])
+        if len(self.answered) % 100 == 0:
+            logging.info("%d of %d answered", len(self.answered), len(self.ids))
+
+    def give_back(self) -> None:
+        for request_id, reply in self.answered.items():
+            if reply["station"]:
+                self.links[reply["broker"]].publish(
+                    f"{reply['broker']}/cars/{self.ids[request_id]}/leave/{reply['station']}", {})
+        for link in set(self.links.values()):
+            link.close()
+
+    def report(self, took: float) -> int:
+        promised = collections.Counter(
+            reply["station"] for reply in self.answered.values() if reply["station"])
+        over = sum(max(0, count - self.city.places[station]["spots"])
+                   for station, count in promised.items())
+        never = len(self.ids) - len(self.answered)
+        logging.info("%-22s %6s %9s %9s %9s", "", "cars", "median", "99 %", "slowest")
+        rows = {"by the own broker": 0, "refused": "refused", "twice": "twice"} | {
+            f"{n} broker{'s' * (n > 1)} further": n for n in range(1, len(list(self.city.ring)))}
+        for title, kind in rows.items():
+            times = sorted(self.fared.get(kind, []))
+            figures = [times[int(len(times) * share)] * 1000
+                       for share in (0.5, 0.99)] + [times[-1] * 1000] if times else []
+            logging.info("%-22s %6d" + " %6.1f ms" * len(figures), title, len(times), *figures)
+        logging.info("%-22s %6d", "a spot twice", over)
+        logging.info("%-22s %6d", "never", never)
+        logging.info("%d requests in %.2f s: %.0f a second", len(self.answered), took,
+                     len(self.answered) / took)
+        return int(bool(never or over or self.fared.get("twice")))
+
+
+def rush_hour(city: City, count: int, seed: int) -> None:
+    if not 1 <= count <= 50_000:
+        give_up("--rush takes 1 to 50000 cars")
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            sys.exit(Rush(city, count, seed).run())
+        except ConnectionError as fault:
+            sys.exit(f"rush hour needs the whole city: {fault}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="a car; default: car1")
@@ -295,7 +401,11 @@ def main() -> None:
                         help="how fast they drive (2)")
     parser.add_argument("--charges", metavar="N", type=int, default=-1,
                         help="stop after so many charges (never)")
+    parser.add_argument("--rush", metavar="N", type=int, help="rush hour: N cars ask at once")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of the rush (1)")
     args, city = start_up(parser)
+    if args.rush is not None:
+        rush_hour(city, args.rush, args.seed)
     at = args.at or next(iter(city.places))
     if at not in city.places:
         give_up(f"{args.config}: there is no place {at!a}")

@@ -22,6 +22,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import hmac
 import io
 import ipaddress
 import json
@@ -41,7 +42,7 @@ import time
 import traceback
 from pathlib import Path
 
-from ring import ASK, SERVERS, WALK, City, is_name, is_number, load, need, read_json, walk
+from ring import ASK, SERVERS, WALK, City, is_name, is_number, load, need, read_object, walk
 
 try:
     import resource
@@ -54,6 +55,22 @@ BACKLOG = 1024      # connections that may wait for accept(): a rush hour comes 
 SPARE = 32          # file descriptors kept free for what is not a guest
 RETRY = 5           # s after which a refused car asks again
 DEMO = 38           # s the whole demo may take; it needs about 20
+
+
+# --- The key: set on every part, it closes every door -----------------------------------
+
+KEY = os.environ.get("EV_KEY", "")
+
+
+def is_key(key) -> bool:
+    """Is it the key? Compared in constant time: how long it takes tells nothing."""
+    return not KEY or isinstance(key, str) and hmac.compare_digest(
+        key.encode(errors="replace"), KEY.encode(errors="replace"))
+
+
+def mqtt_password(client_id: str) -> str:
+    """The password of an MQTT client: proof of the key, worth nothing under another id."""
+    return hmac.new(KEY.encode(errors="replace"), client_id.encode(), "sha256").hexdigest()
 
 
 # --- How a part starts, ends and tells its story -----------------------------------------
@@ -142,8 +159,8 @@ def listening_address(host: str, port: int, tell: Story) -> tuple[int, tuple]:
     """The family and the address to listen on; IPv4 first. Says so if it is an open door."""
     family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
                               key=lambda info: info[0] != socket.AF_INET)
-    if not ipaddress.ip_address(address[0]).is_loopback:
-        tell(f"WARNING: {host}:{port} is open to the network, for whoever can reach it")
+    if not KEY and not ipaddress.ip_address(address[0]).is_loopback:
+        tell(f"WARNING: {host}:{port} is open to whoever can reach it: EV_KEY is not set")
     return family, address
 
 
@@ -254,11 +271,11 @@ def call(host: str, port: int, request: dict, seconds: float) -> dict | None:
     end = time.monotonic() + seconds
     try:
         with socket.create_connection((host, port), seconds) as connection:
+            request = request | ({"key": KEY} if KEY else {})
             connection.sendall(json.dumps(request).encode() + b"\n")
             patient = Patience(connection)
             patient.end = end
-            answer = read_json(io.BufferedReader(patient).readline())
-            return answer if isinstance(answer, dict) else None
+            return read_object(io.BufferedReader(patient).readline())
     except (OSError, ValueError):
         return None
 
@@ -331,14 +348,20 @@ def statuses(city: City) -> dict:
         return {"brokers": dict(zip((b.name for b in brokers), pool.map(ask, brokers)))}
 
 
+def read_request(line: bytes) -> dict:
+    """A line of somebody who knows the key. Raises ValueError for any other."""
+    request = read_object(line)
+    need(is_key(request.get("key")), "key")
+    return request
+
+
 def answer(city: City, tell: Story, line: bytes, is_gone) -> dict:
     """The cloud's answer to one line."""
     try:
-        request = read_json(line)
-        op = request.get("op") if isinstance(request, dict) else None
-        if op == "city":
+        request = read_request(line)
+        if request.get("op") == "city":
             return statuses(city)
-        need(op == "search", 'wanted: {"op": "search", ...} or {"op": "city"}')
+        need(request.get("op") == "search", 'wanted: {"op": "search", ...} or {"op": "city"}')
         need(is_name(request.get("broker")) and city.ring.find(request["broker"]),
              '"broker" must be the name of a broker')
         check_request(city, request)

@@ -103,6 +103,13 @@ def read_json(text: "bytes | str", pairs=dict):
         raise ValueError("nested too deep") from None
 
 
+def read_object(text: bytes | str) -> dict:
+    """The same, for a JSON object."""
+    value = read_json(text)
+    need(isinstance(value, dict), "not a JSON object")
+    return value
+
+
 def is_name(text) -> bool:
     """Fit to be a name: it becomes a level of MQTT topics, a client id, a log line."""
     return (isinstance(text, str) and 1 <= len(text) <= 64 and text.isprintable()

@@ -19,13 +19,12 @@ Read next: car.py. Left out on purpose: kilowatts, prices, and a memory of its o
 
 import argparse
 import dataclasses
-import json
 import threading
 import time
 
-from broker import Link, read_object
+from broker import Link
 from cloud_server import Story, give_up, is_id, positive, run_until_stopped, start_up
-from ring import City, is_name, need
+from ring import City, is_name, need, read_object
 
 HOLD = 60       # s a spot is kept for a car on its way; no drive in the city takes longer
 LEASE = 15      # s a plug counts; the car renews it every third of that
