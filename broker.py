@@ -75,33 +75,29 @@ HOLDS, HOLDS_STATION = 16, 4    # holds on their way at a time: of a broker, to 
 WALKERS = 128               # requests that may wait for the cloud at the same time
 CARS = 10_000               # cars that a broker remembers
 HTTP_WAIT = 10              # s for a whole HTTP request to come in
+# The types of MQTT packets, what topic names and filters look like, a two-byte number
+(CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
+ UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
+TEXT = re.compile(".*", re.S)
+TOPIC = re.compile("[^+#]+")        # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
+FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1-1] to 3
+pack = struct.Struct(">H").pack
+ANY = -1                            # flags, or a size of the body, that may be any
 
 
 # ===== 1. MQTT packets: bytes <-> fields ================================================
-#
 #     byte 0             bytes 1 to 4            the body
 #     +------+-------+   +------------------+   +----------------------+---------+
 #     | type | flags |   | remaining length |   | fields of that type  | payload |
 #     +------+-------+   +------------------+   +----------------------+---------+
 #      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
-(CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
- UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
-
-TOPIC = re.compile("[^+#]+")    # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
-FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1-1] to 3
-
-ANY = -1
-pack = struct.Struct(">H").pack     # a number: two bytes
-
 
 class ProtocolError(Exception):
     """A client broke the standard: its connection is closed. [MQTT-4.8.0-1]"""
 
 
-def require(condition, fault: str) -> None:
-    if not condition:
-        raise ProtocolError(fault)
+require = functools.partial(need, error=ProtocolError)
 
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
@@ -114,15 +110,15 @@ def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
     return bytes(header) + bytes([length]) + body
 
 
-def find_body(buffer: bytearray, start: int) -> tuple[int, int] | None:
-    """Where the body of the packet at `start` begins and ends; None: not all there yet."""
+def find_body(buffer: bytearray, start: int) -> slice | None:
+    """Where the body of the packet at `start` lies in the buffer; None: not all there yet."""
     length = 0
     for count, byte in enumerate(buffer[start + 1:start + 5]):
         length |= (byte & 127) << 7 * count
         if byte < 128:
-            begin = start + count + 2
-            require(begin + length - start <= LIMIT, "the packet is too long")
-            return (begin, begin + length) if begin + length <= len(buffer) else None
+            begin, end = start + count + 2, start + count + 2 + length
+            require(end - start <= LIMIT, "the packet is too long")
+            return slice(begin, end) if end <= len(buffer) else None
     require(len(buffer) < start + 5, "a length of more than four bytes")
     return None
 
@@ -146,24 +142,17 @@ class Packet:
         require(number, "packet identifier 0")      # [MQTT-2.3.1-1]
         return number
 
-    def binary(self) -> bytes:
-        return self.take(self.number())
-
-    def text(self, pattern: re.Pattern = re.compile(".*", re.S)) -> str:
+    def text(self, pattern: re.Pattern = TEXT) -> str:
         try:
-            text = self.binary().decode()           # strict: no surrogates [MQTT-1.5.3-1]
+            text = self.take(self.number()).decode()    # no surrogates [MQTT-1.5.3-1]
         except UnicodeDecodeError:
             raise ProtocolError("text that is not UTF-8") from None
         require("\0" not in text, "text with a U+0000")             # [MQTT-1.5.3-2]
         require(pattern.fullmatch(text), "no good topic, or topic filter")
         return text
 
-    def list(self, read: Callable) -> list:
-        """Fields up to the end; at least one. [MQTT-3.8.3-3], [MQTT-3.10.3-2]"""
-        found = [read()]
-        while self.at < len(self.data):
-            found.append(read())
-        return found
+    def is_empty(self) -> bool:
+        return self.at == len(self.data)
 
 
 class Message(NamedTuple):
@@ -183,7 +172,7 @@ def encode_publish(message: Message, packet_id: int = 0, dup: bool = False) -> b
 
 # ===== 2. The MQTT server: topic tree, sessions, connections ============================
 
-class TopicTree(dict):
+class TopicTree(collections.defaultdict):
     """Who subscribes to what: level -> the tree below it. To match costs the topic's depth.
 
         server1 -- cars -- + -- request   {fog: 1}
@@ -191,12 +180,8 @@ class TopicTree(dict):
                      +-- car1 -- reply   {car1: 1}
     """
     def __init__(self):
-        super().__init__()
+        super().__init__(TopicTree)
         self.subscribers: dict = {}     # subscriber: the QoS granted to it
-
-    def __missing__(self, level: str) -> "TopicTree":
-        node = self[level] = TopicTree()
-        return node
 
     def add(self, topic_filter: str, subscriber, qos: int) -> None:
         node = functools.reduce(operator.getitem, topic_filter.split("/"), self)
@@ -225,25 +210,15 @@ class TopicTree(dict):
         return found
 
 
-@dataclasses.dataclass
-class Outgoing:
-    """A QoS 1 or 2 message that its receiver has not acknowledged to the end."""
-    message: Message
-    expects: int            # QoS 1: PUBACK; QoS 2: PUBREC, then PUBCOMP
-    sent: bool = False      # then sending it again is a duplicate: DUP [MQTT-3.3.1-1]
-
-
 class Session:
-    """What the server knows of one client id; if not `clean` it outlives the connection,
-    and what arrives meanwhile is kept (within bounds, the oldest goes first).
-    """
+    """What the server knows of one client id; if not `clean` it outlives the connection."""
 
     def __init__(self, client_id: str, clean: bool):
         self.client_id, self.clean = client_id, clean
         self.connection: Connection | None = None
         self.filters: set[str] = set()
-        self.unacked: dict[int, Outgoing] = collections.OrderedDict()   # [MQTT-4.6.0-1]
-        self.kept_bytes = 0                     # of their payloads
+        self.unacked: dict[int, bytes] = collections.OrderedDict()  # what to send (again) for
+        self.kept_bytes = 0     # each message on its way, in order [MQTT-4.6.0-1]; their sizes
         self.received: set[int] = set()         # QoS 2 identifiers not yet released
         self.ids = itertools.count()
 
@@ -251,36 +226,31 @@ class Session:
         """Send or keep a message: the lower QoS of publisher and subscriber counts."""
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
-        if message.qos:
-            packet_id = next(free for number in self.ids        # [MQTT-2.3.1-2]
-                             if (free := number % 65535 + 1) not in self.unacked)
-            expects = PUBACK if message.qos == 1 else PUBREC
-            self.unacked[packet_id] = Outgoing(message, expects)
-            self.kept_bytes += len(message.payload)
-            self.send(packet_id)
-            self.keep_bounds()
-        elif self.connection:
-            self.connection.send(encode_publish(message))
+        if message.qos == 0:
+            if self.connection:
+                self.connection.send(encode_publish(message))
+            return
+        packet_id = next(free for number in self.ids            # [MQTT-2.3.1-2]
+                         if (free := number % 65535 + 1) not in self.unacked)
+        self.unacked[packet_id] = encode_publish(message, packet_id)
+        self.kept_bytes += len(self.unacked[packet_id])
+        self.send(packet_id)
+        self.keep_bounds()
 
     def send(self, packet_id: int) -> None:
-        """Send what comes next for a message, for the first time or again. [MQTT-4.4.0-1]"""
+        """Send a PUBLISH, or its PUBREL; if again, then with DUP. [MQTT-3.3.1-1]"""
         if self.connection:
-            outgoing = self.unacked[packet_id]
-            self.connection.send(
-                encode(PUBREL, pack(packet_id), flags=2) if outgoing.expects == PUBCOMP else
-                encode_publish(outgoing.message, packet_id, dup=outgoing.sent))
-            outgoing.sent = True
-
-    def settle(self, packet_id: int) -> None:
-        """Forget a message: its receiver has it for good, or was away too long."""
-        self.kept_bytes -= len(self.unacked.pop(packet_id).message.payload)
+            packet = self.unacked[packet_id]
+            self.connection.send(packet)
+            if packet[0] >> 4 == PUBLISH:
+                self.unacked[packet_id] = bytes([packet[0] | 8]) + packet[1:]
 
     def keep_bounds(self) -> None:
         if self.connection and len(self.unacked) > UNACKED:
             self.connection.close("acknowledges nothing")
         while not self.connection and (len(self.unacked) > KEPT
                                        or self.kept_bytes > KEPT_BYTES):
-            self.settle(next(iter(self.unacked)))
+            self.kept_bytes -= len(self.unacked.popitem(last=False)[1])
 
 
 class Connection(asyncio.Protocol):
@@ -307,10 +277,9 @@ class Connection(asyncio.Protocol):
         buffer, at = self.buffer, 0
         buffer += data
         try:
-            while not self.closed and (found := find_body(buffer, at)):
-                begin, end = found
-                self.handle(Packet(buffer[at], bytes(buffer[begin:end])))
-                at = end
+            while not self.closed and (body := find_body(buffer, at)):
+                self.handle(Packet(buffer[at], bytes(buffer[body])))
+                at = body.stop
         except ProtocolError as fault:
             self.close(f"broke the protocol: {fault}")
         if at:
@@ -336,16 +305,17 @@ class Connection(asyncio.Protocol):
         require(not flags & 1 and qos < 3 and (will or not qos and not retain)
                 and (user or not password), "impossible flags")     # [MQTT-3.1.2-3] to 22
         client_id = packet.text()
-        will = Message(packet.text(TOPIC), packet.binary(), qos, retain) if will else None
-        user, password = user and packet.text(), password and packet.binary()
-        require(packet.at == len(packet.data), "bytes left over")
+        will = Message(packet.text(TOPIC), packet.take(packet.number()), qos, retain
+                       ) if will else None
+        user = packet.text() if user else ""
+        password = packet.take(packet.number()) if password else b""
+        require(packet.is_empty(), "bytes left over")
         if not client_id and not clean:
             return self.refuse(2, "no client id for its session")   # [MQTT-3.1.3-8]
-        if KEY and (user != client_id or not hmac.compare_digest(
-                password or b"", mqtt_password(client_id).encode())):
+        if not may_connect(client_id, user, password):
             return self.refuse(5, "the wrong key")
         client_id = client_id or f"auto-{secrets.token_hex(8)}"     # [MQTT-3.1.3-6]
-        if will and not self.server.may_publish(client_id, will.topic):
+        if will and not may_publish(client_id, will.topic, self.server.brokers):
             return self.refuse(5, "a will in another's name")
         self.will, self.patience = will, keepalive * 1.5 or math.inf
         self.server.open_session(self, client_id, clean)
@@ -359,8 +329,8 @@ class Connection(asyncio.Protocol):
         qos, received = packet.flags >> 1 & 3, self.session.received
         require(qos < 3 and (qos or packet.flags < 8), "impossible flags")  # [MQTT-3.3.1-2], 4
         topic, packet_id = packet.text(TOPIC), packet.packet_id() if qos else 0
-        require(self.server.may_publish(self.session.client_id, topic),
-                f"may not publish {topic!a:.99}")
+        require(may_publish(self.session.client_id, topic, self.server.brokers),
+                f"it may not publish {topic:.99}")
         if qos < 2 or packet_id not in received:        # else it is a QoS 2 message again
             self.server.publish(topic, packet.data[packet.at:], qos, bool(packet.flags & 1))
         if qos == 1:
@@ -377,19 +347,22 @@ class Connection(asyncio.Protocol):
         if kind == PUBREL:                              # [MQTT-4.3.3-2]
             self.session.received.discard(packet_id)
             return self.send(encode(PUBCOMP, pack(packet_id)))
-        outgoing = self.session.unacked.get(packet_id)
-        require(not outgoing or outgoing.expects == kind        # a second PUBREC is harmless
-                or (kind, outgoing.expects) == (PUBREC, PUBCOMP), "the wrong answer")
+        unacked = self.session.unacked
+        if sent := unacked.get(packet_id):
+            expected = PUBCOMP if sent[0] >> 4 == PUBREL else PUBACK if sent[0] & 2 else PUBREC
+            require(kind == expected, "the wrong acknowledgement")
+            self.session.kept_bytes -= len(sent)
         if kind == PUBREC:                              # [MQTT-4.3.3-1]
-            self.send(encode(PUBREL, pack(packet_id), flags=2))
-            if outgoing:
-                outgoing.expects = PUBCOMP
-        elif outgoing:
-            self.session.settle(packet_id)
+            unacked[packet_id] = encode(PUBREL, pack(packet_id), flags=2)
+            self.session.kept_bytes += len(unacked[packet_id])
+            self.session.send(packet_id)
+        else:
+            unacked.pop(packet_id, None)
 
     def do_subscribe(self, packet: Packet) -> None:
-        packet_id = packet.packet_id()
-        wanted = packet.list(lambda: (packet.text(FILTER), packet.take(1)[0]))
+        packet_id, wanted = packet.packet_id(), []
+        while not wanted or not packet.is_empty():      # at least one [MQTT-3.8.3-3]
+            wanted.append((packet.text(FILTER), packet.take(1)[0]))
         require(all(qos < 3 for _, qos in wanted), "impossible QoS")    # [MQTT-3-8.3-4]
         filters = self.session.filters
         room = sum(known.count("/") + 1 for known in filters) < NODES
@@ -401,11 +374,12 @@ class Connection(asyncio.Protocol):
             self.server.send_retained(self.session, topic_filter, qos)
 
     def do_unsubscribe(self, packet: Packet) -> None:
-        packet_id = packet.packet_id()
-        filters = set(packet.list(lambda: packet.text(FILTER))) & self.session.filters
-        for topic_filter in filters:
+        packet_id, filters = packet.packet_id(), set()
+        while not filters or not packet.is_empty():     # at least one [MQTT-3.10.3-2]
+            filters.add(packet.text(FILTER))
+        for topic_filter in filters & self.session.filters:
+            self.session.filters.discard(topic_filter)
             self.server.tree.remove(topic_filter, self.session)
-        self.session.filters -= filters
         self.send(encode(UNSUBACK, pack(packet_id)))                # [MQTT-3.10.4-5]
 
     def do_disconnect(self, packet: Packet) -> None:
@@ -448,17 +422,15 @@ class Connection(asyncio.Protocol):
 
 
 class MqttServer:
-    """Sessions, subscriptions and retained messages of one broker, touched by the loop only.
-
-    The fog node needs two methods of it: `subscribe_inside` and `publish`.
-    """
+    """Sessions, subscriptions and retained messages of one broker, touched by the loop only."""
 
     def __init__(self, brokers: set[str], tell: Story):
         self.brokers, self.tell = brokers, tell
         self.connections: set[Connection] = set()
         self.sessions: dict[str, Session] = {}
         self.absent: dict[str, Session] = collections.OrderedDict()     # longest away first
-        self.tree, self.retained, self.retained_bytes = TopicTree(), {}, 0
+        self.tree = TopicTree()
+        self.retained, self.retained_bytes = collections.OrderedDict(), 0
 
     async def watch(self) -> None:
         """Cut off whoever has not sent a whole packet in its time."""
@@ -467,18 +439,12 @@ class MqttServer:
             for connection in [c for c in self.connections if c.deadline < now]:
                 connection.close("was silent for too long")
 
-    def may_publish(self, client_id: str, topic: str) -> bool:
-        """Below a broker's name a client speaks as itself, or for its fleet, ID-..."""
-        name, kind, who, *_ = topic.split("/", 3) + ["", ""]
-        return name not in self.brokers or kind in ("cars", "stations") and (
-            who == client_id or who.startswith(client_id + "-"))
-
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         session = self.sessions.get(client_id)
         if session and session.connection:
             session.connection.close("was taken over")      # [MQTT-3.1.4-2]
-        if clean and client_id in self.sessions:            # [MQTT-3.1.2-6]
-            self.drop(session)
+        if clean and client_id in self.sessions:
+            self.drop(session)                              # [MQTT-3.1.2-6]
         present = client_id in self.sessions
         session = self.sessions.setdefault(client_id, Session(client_id, clean))
         self.absent.pop(client_id, None)
@@ -512,35 +478,43 @@ class MqttServer:
 
     def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
         """To a new subscription, with the retain flag. [MQTT-3.3.1-6], [MQTT-3.3.1-8]"""
-        topics = [topic_filter] if topic_filter in self.retained else []
-        if "+" in topic_filter or "#" in topic_filter:
-            tree = TopicTree()      # one rule for what matches
-            tree.add(topic_filter, session, qos)
-            topics = [topic for topic in self.retained if tree.match(topic)]
-        for topic in topics:
-            session.deliver(self.retained[topic], qos)
+        tree = TopicTree()
+        tree.add(topic_filter, session, qos)
+        wild = "+" in topic_filter or "#" in topic_filter
+        for topic in list(self.retained) if wild else [topic_filter]:
+            if topic in self.retained and tree.match(topic):
+                session.deliver(self.retained[topic], qos)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
-        message = Message(topic, payload, qos)      # not as a retained one [MQTT-3.3.1-9]
+        """To all subscribers, and if `retain`, to later ones; an empty payload to none."""
+        message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
-            self.retain(message._replace(retain=True))
+            old = self.retained.pop(topic, None)    # replace, or delete [MQTT-3.3.1-5], 10
+            self.retained_bytes += len(payload) - (len(old.payload) if old else 0)
+            if payload:
+                self.retained[topic] = message._replace(retain=True)
+        while self.retained_bytes > RETAINED_BYTES:     # the oldest goes first
+            self.retained_bytes -= len(self.retained.popitem(last=False)[1].payload)
         for subscriber, granted in self.tree.match(topic).items():
             subscriber.deliver(message, granted)
-
-    def retain(self, message: Message) -> None:
-        """Replace what was kept for the topic [MQTT-3.3.1-5]; an empty one deletes it."""
-        if old := self.retained.pop(message.topic, None):
-            self.retained_bytes -= len(old.payload)
-        if self.retained_bytes + len(message.payload) > RETAINED_BYTES:
-            self.tell(f"cannot retain {message.topic!a:.80}: memory is full")
-        elif message.payload:                       # [MQTT-3.3.1-10], [MQTT-3.3.1-11]
-            self.retained[message.topic] = message
-            self.retained_bytes += len(message.payload)
 
 
 # ========================================================================================
 # 3. The fog node: what is near, free and alive
 # ========================================================================================
+
+def may_connect(client_id: str, user: str, password: bytes) -> bool:
+    """With a key set, a client id is proved by its password. Without, come in."""
+    return not KEY or user == client_id and hmac.compare_digest(
+        password, mqtt_password(client_id).encode())
+
+
+def may_publish(client_id: str, topic: str, brokers: set[str]) -> bool:
+    """Below a broker's name a client speaks as itself, or for its fleet, ID-..."""
+    name, kind, who, *_ = topic.split("/", 3) + ["", ""]
+    return name not in brokers or kind in ("cars", "stations") and (
+        who == client_id or who.startswith(client_id + "-"))
+
 
 class Inside:
     """A subscriber inside the server: a function in the place of a session."""

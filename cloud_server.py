@@ -82,6 +82,8 @@ class Story:
         self.who, self.events = who, collections.deque(maxlen=50)
 
     def __call__(self, text: str) -> None:
+        if not text.isprintable():      # a name from the network may hold anything
+            text = text.encode("unicode_escape").decode()
         line = f"{time.strftime('%H:%M:%S')}  {self.who:<8}  {text}"
         self.events.append(line)
         logging.info("%s", line)

@@ -158,9 +158,10 @@ def load(path) -> City:
     return City(cloud, ring, data["places"], data["roads"])
 
 
-def need(condition, fault: str) -> None:
+def need(condition, fault: str, error=ValueError) -> None:
+    """What must hold for what others wrote; never for what we wrote ourselves."""
     if not condition:
-        raise ValueError(fault)
+        raise error(fault)
 
 
 def unique_keys(pairs: list) -> dict:
