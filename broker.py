@@ -102,12 +102,12 @@ require = functools.partial(need, error=ProtocolError)
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
     """A whole packet: the fixed header, then the fields one after the other."""
-    body = b"".join(fields)
-    length, header = len(body), bytearray([kind << 4 | flags])
+    body, digits = b"".join(fields), []
+    length = len(body)
     while length > 127:
-        header.append(length & 127 | 128)
-        length >>= 7
-    return bytes(header) + bytes([length]) + body
+        length, low = divmod(length, 128)
+        digits.append(low | 128)
+    return bytes([kind << 4 | flags, *digits, length]) + body
 
 
 def find_body(buffer: bytearray, start: int) -> slice | None:
@@ -174,7 +174,6 @@ def encode_publish(message: Message, packet_id: int = 0, dup: bool = False) -> b
 
 class TopicTree(collections.defaultdict):
     """Who subscribes to what: level -> the tree below it. To match costs the topic's depth.
-
         server1 -- cars -- + -- request   {fog: 1}
                      |     +--- plug -- P1   {P1: 1}
                      +-- car1 -- reply   {car1: 1}
@@ -431,13 +430,6 @@ class MqttServer:
         self.absent: dict[str, Session] = collections.OrderedDict()     # longest away first
         self.tree = TopicTree()
         self.retained, self.retained_bytes = collections.OrderedDict(), 0
-
-    async def watch(self) -> None:
-        """Cut off whoever has not sent a whole packet in its time."""
-        while await asyncio.sleep(0.5, True):
-            now = time.monotonic()
-            for connection in [c for c in self.connections if c.deadline < now]:
-                connection.close("was silent for too long")
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         session = self.sessions.get(client_id)
@@ -1130,7 +1122,15 @@ async def listen(server: MqttServer, broker: ring.Broker) -> None:
         family, address = listening_address(broker.host, broker.mqtt, server.tell)
         await server.loop.create_server(lambda: Connection(server), *address[:2],
                                         family=family, backlog=BACKLOG)
-    spawn(server.watch())
+    spawn(watch(server))
+
+
+async def watch(server: MqttServer) -> None:
+    """Cut off whoever has not sent a whole packet in its time. [MQTT-3.1.2-24]"""
+    while await asyncio.sleep(0.5, True):
+        now = time.monotonic()
+        for connection in [c for c in server.connections if c.deadline < now]:
+            connection.close("was silent for too long")
 
 
 def on_loop_fault(loop, context: dict) -> None:
