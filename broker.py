@@ -52,8 +52,8 @@ from paho.mqtt import client as paho
 
 import ring
 from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story, call,
-                          check_request, crash, explain_taken, give_up, has_room, is_id,
-                          is_key, is_reply, listening_address, mqtt_password, outcome, read_request, refusal, search, start_up,
+                          check_request, crash, give_up, has_room, is_id,
+                          is_key, is_reply, listening, mqtt_password, outcome, read_request, refusal, search, start_up,
                           until_stopped)
 from ring import City, is_name, is_number, need, read_json, read_object
 
@@ -67,11 +67,11 @@ NODES = 50_000              # levels of all filters of a client: each may cost a
 
 STATION_WAIT = 0.5          # s a station has to answer a hold
 STATIONS_WAIT = 1.2         # s all stations of this broker together have
-OWN_WAIT = 3.0              # s a car's request may queue here before it goes on to the ring
 CLOUD_WAIT = 4.5            # s for the cloud: its walk takes at most 4
 REQUEST_WAIT = 8.8          # s a request may take in all: the car has its reply within 9
 SILENT = 10                 # s for which a silent station, or cloud, is left out
-HOLDS, HOLDS_STATION = 16, 4    # holds on their way at a time: of a broker, to one station
+HOLDS = 16                  # holds on their way at a time, of a broker
+HOLDS_STATION = 12          # to one station: a silent one shall not hold up the others
 WALKERS = 128               # requests that may wait for the cloud at the same time
 CARS = 10_000               # cars that a broker remembers
 HTTP_WAIT = 10              # s for a whole HTTP request to come in
@@ -549,6 +549,18 @@ class Station:
         return self.is_online() and (self.state["free"] > 0 or car in self.state["cars"])
 
 
+@dataclasses.dataclass
+class Hold:
+    """What we asked of a station, and its answer to come: None if that takes too long."""
+    station: str
+    car: str
+    answer: asyncio.Future
+
+    def give_up(self) -> None:
+        if not self.answer.done():
+            self.answer.set_result(None)
+
+
 class Map:
     """The roads of the city. Distances in km."""
 
@@ -593,7 +605,7 @@ class Fog:
                               "free": 0, "cars": {}}) for station in city.stations(name)}
         self.cars: dict[str, dict] = {}             # their states
         self.requests = {"local": 0, "ring": 0, "refused": 0}
-        self.holds: dict[str, tuple[str, asyncio.Future]] = {}  # on their way: id -> station
+        self.holds: dict[str, Hold] = collections.OrderedDict()     # by id, the oldest first
         self.turns = asyncio.Semaphore(HOLDS)
         self.numbers = itertools.count(time.time_ns())  # never used twice, nor after a restart
         self.asked: dict[str, Asked] = collections.OrderedDict()    # each car's last request
@@ -673,11 +685,13 @@ class Fog:
         self.station(name)
         held = read_object(payload)
         need(is_id(held.get("id"), 200) and isinstance(held.get("ok"), bool), "id? ok?")
-        need(not held["ok"] or is_number(held.get("hold"), 0, 1e6)
-             and is_number(held.get("lease"), 0, 1e6), "hold? lease?")
-        station, answer = self.holds.get(held["id"], (None, None))
-        if station == name and not answer.done():
-            answer.set_result(held)
+        need(not held["ok"] or is_number(held.get("hold"), 1e-3, 1e6)
+             and is_number(held.get("lease"), 1e-3, 1e6), "hold? lease?")
+        hold = self.holds.get(held["id"])
+        if hold:
+            need((hold.station, hold.car) == (name, held.get("car")), "not what was asked")
+            if not hold.answer.done():      # else it is the same yes, delivered twice
+                hold.answer.set_result(held)
         elif held["ok"]:
             self.tell(f"-> {name:<8} {held['id'].split('@')[0]} that yes came too late: undone")
             self.send(f"stations/{name}/release", {"id": held["id"]})
@@ -739,57 +753,62 @@ class Fog:
                 if found[0] <= request["range"]]
         if not near:
             return refusal(request["id"], "out of range", [self.name]), ""
-        patience, queue_end = STATIONS_WAIT, min(end, time.monotonic() + OWN_WAIT)
+        patience, latest = STATIONS_WAIT, end - STATION_WAIT
         for km, name, route in near:
-            if (name not in self.stations or patience <= 0 or time.monotonic() > queue_end
+            if (name not in self.stations or patience <= 0
                     or not self.stations[name].may_have_a_spot(request["car"])):
                 continue
             hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
-            held = await self.hold(name, hold_id, request, min(STATION_WAIT, patience))
+            held = await self.hold(name, hold_id, request["car"],
+                                   min(STATION_WAIT, patience), latest)
             if held is None:
                 patience -= STATION_WAIT
             elif held["ok"]:
                 return {"id": request["id"], "station": name, "broker": self.name,
                         "route": route, "km": round(km, 3), "hold": held["hold"],
                         "lease": held["lease"], "asked": [self.name]}, hold_id
-        if not ring:
+        if not ring or time.monotonic() > latest:
             return refusal(request["id"], "full", [self.name]), ""
         reply = await asyncio.get_running_loop().run_in_executor(
             self.walkers, self.walk_ring, request, end)
         return reply | {"asked": [self.name, *reply["asked"]]}, ""
 
-    async def hold(self, name: str, hold_id: str, request: dict, wait: float) -> dict | None:
-        """Ask a station to keep a spot: {"ok": ...}, or None if it does not answer in time."""
+    async def hold(self, name: str, hold_id: str, car: str, wait: float,
+                   latest: float) -> dict | None:
+        """Ask a station to keep a spot: its answer, or None if there was none in time."""
         station, loop = self.stations[name], asyncio.get_running_loop()
         async with station.turns, self.turns:
-            if not station.may_have_a_spot(request["car"]):     # no longer
-                return {"ok": False}
-            answer = loop.create_future()
-            self.holds[hold_id] = name, answer
-            timer = loop.call_later(wait, lambda: answer.done() or answer.set_result(None))
+            if not station.may_have_a_spot(car) or time.monotonic() > latest:
+                return {"ok": False}        # things have changed while we stood in line
+            hold = self.holds[hold_id] = Hold(name, car, loop.create_future())
+            timer = loop.call_later(wait, hold.give_up)
             try:
-                self.send(f"stations/{name}/hold", {"id": hold_id, "car": request["car"]})
-                held = await answer
+                self.send(f"stations/{name}/hold", {"id": hold_id, "car": car})
+                held = await hold.answer
             finally:
                 timer.cancel()
-                del self.holds[hold_id]
+                if not hold.answer.done() or hold.answer.result() is None:
+                    del self.holds[hold_id]     # a late yes is a yes nobody waits for
+        if len(self.holds) > CARS:
+            self.holds.popitem(last=False)
         if held is None:
             station.silent_until = time.monotonic() + SILENT
-            self.tell(f"<- {name:<8} {request['id']} no answer: counts as offline")
+            self.tell(f"<- {name:<8} {hold_id.split('@')[0]} no answer: counts as offline")
         return held
 
     def walk_ring(self, request: dict, end: float) -> dict:
         """Ask the cloud, or walk by ourselves without it. In a thread of its own."""
-        request = request | {"broker": self.name}
-        if time.monotonic() >= self.cloud_silent_until:
+        request, left = request | {"broker": self.name}, end - time.monotonic()
+        if time.monotonic() >= self.cloud_silent_until and left > CLOUD_WAIT:
             self.tell(f"-> cloud    {request['id']} no spot here: who has one?")
             reply = call(*self.city.cloud, request | {"op": "search"}, CLOUD_WAIT)
-            if is_reply(self.city, reply, request["id"]) and "asked" in reply:
+            if is_reply(self.city, reply, request["id"]):
                 self.tell(f"<- cloud    {request['id']} {outcome(reply)}")
                 return reply
             self.cloud_silent_until = time.monotonic() + SILENT
             self.tell(f"<- cloud    {request['id']} no answer: without it for {SILENT} s")
-        return search(self.city, request, self.tell, min(ring.WALK, end - time.monotonic()))
+        left = end - time.monotonic()
+        return search(self.city, request, self.tell, min(ring.WALK, left))
 
     # --- what the doors ask for
 
@@ -824,6 +843,14 @@ class Asked:
         if not self.task.done():
             return False
         return time.monotonic() > self.since + self.task.result().get("hold", math.inf)
+
+
+def is_city(found: dict | None) -> bool:
+    """Is that what the cloud says of the city: a status, or None, for each broker?"""
+    brokers = (found or {}).get("brokers")
+    return isinstance(brokers, dict) and all(
+        status is None or isinstance(status, dict) and status.get("broker") == name
+        for name, status in brokers.items())
 
 
 def readable_id(request: dict) -> str | None:
@@ -876,7 +903,7 @@ class Doors:
 
     def routes(self, path: str) -> dict[str, Callable]:
         """Who answers which method on this path; no entry: there is no such thing."""
-        match [urllib.parse.unquote(part) for part in path.split("?")[0].split("/")[1:]]:
+        match [urllib.parse.unquote(part, errors="surrogateescape") for part in path.split("?")[0].split("/")[1:]]:
             case [""]:
                 return {"GET": lambda body: (200, PAGE)}
             case ["status"]:
@@ -893,7 +920,7 @@ class Doors:
     def get_city(self, body: bytes) -> tuple[int, dict]:
         city = self.fog.city
         found = call(*city.cloud, {"op": "city"}, CLOUD_WAIT)
-        alive = found is not None and isinstance(found.get("brokers"), dict)
+        alive = is_city(found)
         return 200, {"cloud": alive, "map": {"places": city.places, "roads": city.roads},
                      "brokers": found["brokers"] if alive else
                      {self.fog.name: self.in_loop(self.fog.status())}}
@@ -1118,9 +1145,8 @@ async def serve(names: list[str], city: City, external: bool) -> None:
 
 async def listen(server: MqttServer, broker: ring.Broker) -> None:
     server.loop = asyncio.get_running_loop()
-    with explain_taken(broker.host, broker.mqtt):
-        family, address = listening_address(broker.host, broker.mqtt, server.tell)
-        await server.loop.create_server(lambda: Connection(server), *address[:2],
+    with listening(broker.host, broker.mqtt, server.tell) as (family, address):
+        await server.loop.create_server(lambda: Connection(server), *address,
                                         family=family, backlog=BACKLOG)
     spawn(watch(server))
 

@@ -24,9 +24,9 @@ Left out on purpose: traffic, hills, and choosing a spot by anything but its dis
 
 import argparse
 import collections
-import contextlib
 import itertools
 import logging
+import math
 import random
 import select
 import sys
@@ -34,7 +34,8 @@ import threading
 import time
 
 from broker import Link
-from cloud_server import Story, give_up, is_reply, positive, run_until_stopped, start_up
+from cloud_server import (Story, give_up, is_reply, positive, run_until_stopped,
+                          start_up, until_stopped)
 from ring import Broker, City, is_name, is_number, need, read_object
 
 FULL = 60           # km on a full battery
@@ -56,7 +57,7 @@ class Car:
     """Touched by its own thread only, the one that runs `live`."""
 
     def __init__(self, name: str, city: City, at: str, battery: float, speed: float,
-                 charges: int):
+                 charges: float):
         self.name, self.city, self.speed, self.charges = name, city, speed, charges
         self.at, self.came_from = at, at        # the place it last passed, and the one before
         self.offset = 0.0                       # km driven since `at`
@@ -64,7 +65,7 @@ class Car:
         self.battery = battery                  # %
         self.doing = "driving"
         self.broker = self.home()
-        self.numbers = itertools.count(int(time.time()) % 100_000)  # new after a restart
+        self.numbers = itertools.count(int(time.time() * 10) % 10**6)  # new in each life
         self.request_id, self.reply, self.retry = "", None, 0.0
         self.offer: dict | None = None          # the spot it goes to, or charges at
         self.legs: list[str] = []               # the places still ahead on the way there
@@ -195,15 +196,16 @@ class Car:
         km = max(0.0, self.battery / 100 * FULL - self.offset - self.behind)
         self.tell(f"-> {self.broker.name:<8} {self.request_id} asks for a spot at {self.at} "
                   f"(range {km:.1f} km)")
-        self.link.publish(self.topic("request"),
-                          {"id": self.request_id, "at": self.at, "range": round(km, 3)})
-        end = time.monotonic() + REPLY_WAIT
-        while not self.reply:
-            self.pause()
-            if time.monotonic() > end:
-                self.turn_to_next()
-                raise ConnectionError("no reply")
-        return self.understand(self.reply)
+        for _ in range(2):      # a second time with the same id: the first may be lost
+            self.link.publish(self.topic("request"), {
+                "id": self.request_id, "at": self.at, "range": round(km, 3)})
+            end = time.monotonic() + REPLY_WAIT
+            while not self.reply and time.monotonic() < end:
+                self.pause()
+            if self.reply:
+                return self.understand(self.reply)
+        self.turn_to_next()
+        raise ConnectionError("no reply")
 
     def understand(self, reply: dict) -> str:
         if reply["station"]:
@@ -384,7 +386,7 @@ class Rush:
 def rush_hour(city: City, count: int, seed: int) -> None:
     if not 1 <= count <= 50_000:
         give_up("--rush takes 1 to 50000 cars")
-    with contextlib.suppress(KeyboardInterrupt):
+    with until_stopped():
         try:
             sys.exit(Rush(city, count, seed).run())
         except ConnectionError as fault:
@@ -399,18 +401,18 @@ def main() -> None:
                         help="how full they start (50)")
     parser.add_argument("--speed", metavar="KM_PER_S", type=positive, default=2,
                         help="how fast they drive (2)")
-    parser.add_argument("--charges", metavar="N", type=int, default=-1,
+    parser.add_argument("--charges", metavar="N", type=int, default=math.inf,
                         help="stop after so many charges (never)")
     parser.add_argument("--rush", metavar="N", type=int, help="rush hour: N cars ask at once")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="of the rush (1)")
     args, city = start_up(parser)
-    if args.rush is not None:
-        rush_hour(city, args.rush, args.seed)
     at = args.at or next(iter(city.places))
     if at not in city.places:
         give_up(f"{args.config}: there is no place {at!a}")
-    if not is_number(args.battery, 0, 100) or args.charges == 0 or args.charges < -1:
+    if not is_number(args.battery, 0, 100) or args.charges < 1:
         parser.error("--battery is 0 to 100, --charges 1 or more")
+    if args.rush is not None:
+        rush_hour(city, args.rush, args.seed)
     names = list(dict.fromkeys(args.names or ["car1"]))
     for name in names:
         if not is_name(name) or name in city.places or city.ring.find(name):
