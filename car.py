@@ -13,12 +13,14 @@
         CAR --leave-> station                       the spot is somebody else's now
         station --state--> CAR                      do I stand there as charging?
 
-A car owns its battery and its plan. It is connected to one broker at a time: that of the
-region it is in, or, when that one does not answer, the next in the ring.
+A car owns its battery and its plan. It is connected to one broker at a time: that of
+the region it is in, or, when that one does not answer, the next in the ring.
 
-    python3 car.py [NAME ...] [--at PLACE] [--battery PERCENT]     these cars; no name: car1
+    python3 car.py [NAME ...] [--at PLACE] ...     these cars; no name: car1
+    python3 car.py --rush N                        N cars that ask at once, and a table
 
-One thread a car runs `live` and touches all of its state: no lock. Read next: the tests.
+One thread a car runs `live` and touches all of its state: no lock.
+Read next: test_system.py.
 Left out on purpose: traffic, hills, and choosing a spot by anything but its distance.
 """
 
@@ -47,6 +49,7 @@ RETRY = 1.0         # s before the next try to connect
 REPLY_WAIT = 10     # s for a reply; the broker has 9
 PLUG_WAIT = 3       # s until the station's state must show the car as charging
 STRANDED = 60       # s until a car asks again from where asking can hardly help
+HOPS = {1: "by the own broker", 2: "one broker further", 3: "two brokers further"}
 
 
 class Stop(Exception):
@@ -59,17 +62,17 @@ class Car:
     def __init__(self, name: str, city: City, at: str, battery: float, speed: float,
                  charges: float):
         self.name, self.city, self.speed, self.charges = name, city, speed, charges
-        self.at, self.came_from = at, at        # the place it last passed, and the one before
+        self.at, self.came_from = at, at    # the place it last passed, the one before
         self.offset = 0.0                       # km driven since `at`
         self.behind = 0.0                       # km to drive back to `at` first
         self.battery = battery                  # %
         self.doing = "driving"
         self.broker = self.home()
-        self.numbers = itertools.count(int(time.time() * 10) % 10**6)  # new in each life
+        self.numbers = itertools.count(int(time.time() * 10) % 10**6)   # new each life
         self.request_id, self.reply, self.retry = "", None, 0.0
         self.offer: dict | None = None          # the spot it goes to, or charges at
-        self.legs: list[str] = []               # the places still ahead on the way there
-        self.seen: str | None = None            # what the station says we do with its spot
+        self.legs: list[str] = []               # the places still ahead of it
+        self.seen: str | None = None            # what the station says that we do
         self.next_news = 0.0                    # on the monotonic clock
         self.tell = Story(name)
         self.stopping = threading.Event()       # set by the main thread
@@ -105,15 +108,17 @@ class Car:
 
     def connect(self) -> None:
         """Raises ConnectionError if the broker does not answer."""
-        self.link = Link(self.broker, self.name, self.topic("state"), self.state("offline"))
+        self.link = Link(self.broker, self.name, self.topic("state"),
+                         self.state("offline"))
         self.link.subscribe(self.topic("reply"))
         self.watch_station()
         self.publish_state()
-        self.tell(f"-> {self.broker.name:<8} connected, in the region of {self.home().name}")
+        self.tell(f"-> {self.broker.name:<8} connected, at {self.at}")
 
     def watch_station(self) -> None:
         if self.offer and self.offer["broker"] == self.broker.name:
-            self.link.subscribe(f"{self.broker.name}/stations/{self.offer['station']}/state")
+            station = self.offer["station"]
+            self.link.subscribe(f"{self.broker.name}/stations/{station}/state")
 
     def move_to(self, broker: Broker) -> None:
         """Leave nothing behind at the old broker, and connect to another one."""
@@ -136,14 +141,15 @@ class Car:
 
     def publish_state(self) -> None:
         self.next_news = time.monotonic() + NEWS
-        self.link.publish(self.topic("state"), self.state(self.doing), qos=0, retain=True)
+        self.link.publish(self.topic("state"), self.state(self.doing), qos=0,
+                          retain=True)
 
     def become(self, doing: str) -> None:
         self.doing = doing
         self.publish_state()
 
     def say_goodbye(self) -> None:
-        if self.offer and self.offer["broker"] == self.broker.name:
+        if self.offer:
             self.give_back(self.offer)
         self.link.publish(self.topic("state"), self.state("offline"), retain=True)
         self.link.close()
@@ -183,7 +189,8 @@ class Car:
         if not roads:
             self.pause()        # a place without roads
             return "driving"
-        self.travel(random.choice([p for p in roads if p != self.came_from] or roads), LOW)
+        onward = [place for place in roads if place != self.came_from]
+        self.travel(random.choice(onward or roads), LOW)
         if self.battery < LOW:
             return "asking"
         self.tell(f"{self.bar()} at {self.at}")
@@ -194,8 +201,8 @@ class Car:
     def ask(self) -> str:
         self.request_id, self.reply = f"{self.name}-{next(self.numbers)}", None
         km = max(0.0, self.battery / 100 * FULL - self.offset - self.behind)
-        self.tell(f"-> {self.broker.name:<8} {self.request_id} asks for a spot at {self.at} "
-                  f"(range {km:.1f} km)")
+        self.tell(f"-> {self.broker.name:<8} {self.request_id} asks for a spot at "
+                  f"{self.at} (range {km:.1f} km)")
         for _ in range(2):      # a second time with the same id: the first may be lost
             self.link.publish(self.topic("request"), {
                 "id": self.request_id, "at": self.at, "range": round(km, 3)})
@@ -218,10 +225,10 @@ class Car:
 
     def accept(self, offer: dict) -> None:
         self.tell(f"<- {self.broker.name:<8} {self.request_id} {offer['station']} at "
-                  f"{offer['broker']}, {offer['km']:g} km by {' '.join(offer['route'])}; "
-                  f"asked {', '.join(map(str, offer.get('asked', [])))}")
+                  f"{offer['broker']}, {offer['km']} km by {'-'.join(offer['route'])} "
+                  f"(asked {', '.join(offer['asked'])})")
         old, self.offer, self.seen = self.offer, offer, None
-        if old and old["station"] != offer["station"] and old["broker"] == self.broker.name:
+        if old and old["station"] != offer["station"]:
             self.give_back(old)
         self.legs = offer["route"][1:]
         self.behind, self.offset = self.behind + self.offset, 0.0
@@ -256,21 +263,25 @@ class Car:
             seconds = self.pause()
             if self.seen == "charging":
                 if not plugged:
-                    self.tell(f"-> {station:<8} {self.request_id} charging at {station}")
+                    self.tell(f"-> {station:<8} {self.request_id} "
+                              f"charging at {station}")
                 plugged = True
                 self.battery = min(100.0, self.battery + POWER * seconds)
             elif plugged or time.monotonic() > end:
-                self.tell(f"<- {station:<8} {self.request_id} the spot is not ours: asks anew")
+                self.tell(f"<- {station:<8} {self.request_id} not ours: asks anew")
                 return "asking"
         self.tell(f"{self.bar()} {self.request_id} leaves {station}")
         self.give_back(self.offer)
         self.offer, self.charges = None, self.charges - 1
         return "driving"
 
-    LIFE = {"driving": drive, "asking": ask, "waiting": wait, "going": go, "charging": charge}
+    LIFE = {"driving": drive, "asking": ask, "waiting": wait, "going": go,
+            "charging": charge}
 
     def give_back(self, offer: dict) -> None:
-        self.link.publish(self.topic("leave", offer["station"]), {})
+        """At another broker than ours nobody would hear it: there the lease ends it."""
+        if offer["broker"] == self.broker.name:
+            self.link.publish(self.topic("leave", offer["station"]), {})
 
     def travel(self, place: str, low: float = 0) -> None:
         """Along the road to a place, or until the battery is below `low`."""
@@ -291,96 +302,96 @@ class Car:
         return f"[{'#' * full}{'.' * (10 - full)}] {self.battery:3.0f} %"
 
 
-# --- Rush hour ---------------------------------------------------------------------------
+# --- Rush hour ------------------------------------------------------------------------
 
 class Rush:
     """Many cars that ask at once, over one connection for each MQTT server."""
 
     def __init__(self, city: City, count: int, seed: int):
-        self.city, stamp, dice = city, time.time_ns() % 10**9, random.Random(seed)
-        self.cars = {f"rush-{n}": dice.choice(list(city.places)) for n in range(1, count + 1)}
-        self.ids = {f"{car}-{stamp}": car for car in self.cars}
+        dice, places, stamp = random.Random(seed), list(city.places), time.time_ns()
+        self.city = city
+        self.cars = {f"rush-{n}": dice.choice(places) for n in range(1, count + 1)}
+        self.ids = {f"{car}-{stamp % 10**9}": car for car in self.cars}
         self.since: dict[str, float] = {}       # request id: when it was sent
-        self.fared: dict[str, list] = {}        # how they fared: [(seconds, offer or None)]
-        self.answered: dict[str, dict] = {}     # request id: its reply
-        self.links = {}                         # broker: link; brokers may share a server
+        self.replies: dict[str, dict] = {}      # request id: its first reply
+        self.times: dict[str, list] = collections.defaultdict(list)     # how they fared: s
+        self.links: dict[str, Link] = {}        # by broker; brokers may share a server
 
     def run(self) -> int:
-        """Returns the exit status: 1 if an answer is missing, or came twice."""
+        """Returns the exit status: 1 if a reply is missing, or something came twice."""
+        self.connect()
+        for number, request_id in enumerate(self.ids):
+            self.ask(request_id)
+            if number % 8 == 0:     # hear the first replies while the last still ask
+                self.listen(0)
+        end = time.monotonic() + REPLY_WAIT
+        while len(self.replies) < len(self.ids) and time.monotonic() < end:
+            self.listen(TURN)
+        seconds = time.monotonic() - min(self.since.values())
+        self.give_back()
+        return self.report(seconds)
+
+    def connect(self) -> None:
         servers = {}
         for broker in self.city.ring:
             address = broker.host, broker.mqtt
-            if address not in servers:
-                servers[address] = Link(broker, "rush", f"{broker.name}/cars/rush/state", None)
+            servers[address] = servers.get(address) or Link(
+                broker, "rush", f"{broker.name}/cars/rush/state", None)
+            servers[address].subscribe(f"{broker.name}/cars/+/reply")
             self.links[broker.name] = servers[address]
-            self.links[broker.name].subscribe(f"{broker.name}/cars/+/reply")
-        self.ask()
-        end = time.monotonic() + REPLY_WAIT
-        while len(self.answered) < len(self.cars) and time.monotonic() < end:
-            self.listen(TURN)
-        took = time.monotonic() - min(self.since.values())
-        self.give_back()
-        return self.report(took)
 
-    def ask(self) -> None:
-        for number, (request_id, car) in enumerate(self.ids.items()):
-            at = self.cars[car]
-            broker = self.city.places[at]["broker"]
-            self.since[request_id] = time.monotonic()
-            self.links[broker].publish(f"{broker}/cars/{car}/request",
-                                       {"id": request_id, "at": at, "range": FULL})
-            if number % 8 == 0:     # hear the first answers while the last ones still ask
-                self.listen(0)
+    def ask(self, request_id: str) -> None:
+        car = self.ids[request_id]
+        broker = self.city.places[self.cars[car]]["broker"]
+        self.since[request_id] = time.monotonic()
+        self.links[broker].publish(f"{broker}/cars/{car}/request", {
+            "id": request_id, "at": self.cars[car], "range": FULL})
 
     def listen(self, seconds: float) -> None:
-        by_socket = {link.client.socket(): link for link in self.links.values()}
-        for ready in select.select(list(by_socket), [], [], seconds)[0]:
-            link = by_socket[ready]
-            link.turn(0)
-            while link.inbox:
-                self.hear(read_object(link.inbox.popleft().payload))
+        links = {link.client.socket(): link for link in self.links.values()}
+        for ready in select.select(list(links), [], [], seconds)[0]:
+            links[ready].turn(0)
+            while links[ready].inbox:
+                self.hear(read_object(links[ready].inbox.popleft().payload))
 
     def hear(self, reply: dict) -> None:
         request_id = reply.get("id")
-        if request_id not in self.ids:
+        if request_id not in self.ids or not is_reply(self.city, reply, request_id):
             return      # another car's, or an earlier rush's
-        kind = "refused"
-        if request_id in self.answered:
-            kind = "twice"
-        elif reply["station"]:
-            kind = len(reply["asked"]) - 1
-        self.answered.setdefault(request_id, reply)
-        self.fared.setdefault(kind, []).append(time.monotonic() - self.since[request_id])
-        if len(self.answered) % 100 == 0:
-            logging.info("%d of %d answered", len(self.answered), len(self.ids))
+        fared = "refused" if not reply["station"] else HOPS.get(
+            len(reply["asked"]), "by a broker further on")
+        if request_id in self.replies:
+            fared = "twice"
+        self.replies.setdefault(request_id, reply)
+        self.times[fared].append(time.monotonic() - self.since[request_id])
+        if len(self.replies) % max(100, len(self.ids) // 10) == 0:
+            logging.info("%d of %d have their reply", len(self.replies), len(self.ids))
 
     def give_back(self) -> None:
-        for request_id, reply in self.answered.items():
-            if reply["station"]:
-                self.links[reply["broker"]].publish(
-                    f"{reply['broker']}/cars/{self.ids[request_id]}/leave/{reply['station']}", {})
+        for request_id, reply in self.replies.items():
+            if broker := reply["station"] and reply["broker"]:
+                self.links[broker].publish(
+                    f"{broker}/cars/{self.ids[request_id]}/leave/{reply['station']}", {})
         for link in set(self.links.values()):
             link.close()
 
-    def report(self, took: float) -> int:
-        promised = collections.Counter(
-            reply["station"] for reply in self.answered.values() if reply["station"])
-        over = sum(max(0, count - self.city.places[station]["spots"])
-                   for station, count in promised.items())
-        never = len(self.ids) - len(self.answered)
-        logging.info("%-22s %6s %9s %9s %9s", "", "cars", "median", "99 %", "slowest")
-        rows = {"by the own broker": 0, "refused": "refused", "twice": "twice"} | {
-            f"{n} broker{'s' * (n > 1)} further": n for n in range(1, len(list(self.city.ring)))}
-        for title, kind in rows.items():
-            times = sorted(self.fared.get(kind, []))
-            figures = [times[int(len(times) * share)] * 1000
-                       for share in (0.5, 0.99)] + [times[-1] * 1000] if times else []
-            logging.info("%-22s %6d" + " %6.1f ms" * len(figures), title, len(times), *figures)
-        logging.info("%-22s %6d", "a spot twice", over)
-        logging.info("%-22s %6d", "never", never)
-        logging.info("%d requests in %.2f s: %.0f a second", len(self.answered), took,
-                     len(self.answered) / took)
-        return int(bool(never or over or self.fared.get("twice")))
+    def report(self, seconds: float) -> int:
+        promised = collections.Counter(reply["station"] for reply in self.replies.values())
+        over = sum(max(0, promised[station] - self.city.places[station]["spots"])
+                   for station in self.city.stations())
+        never, twice = len(self.ids) - len(self.replies), len(self.times["twice"])
+        logging.info("%-24s%6s%12s%12s%12s", "", "cars", "median", "99 %", "slowest")
+        for fared in [*HOPS.values(), "by a broker further on", "refused"]:
+            times = [1000 * took for took in sorted(self.times[fared])]
+            figures = [times[int(len(times) * part)] for part in (0.5, 0.99, 1 - 1e-9)
+                       ] if times else []
+            logging.info(f"%-24s%6d{'%9.1f ms' * len(figures)}", fared, len(times),
+                         *figures)
+        logging.info("%-24s%6d", "twice", twice + over)
+        logging.info("%-24s%6d", "never", never)
+        logging.info("%d replies in %.2f s: %.0f a second", len(self.replies), seconds,
+                     len(self.replies) / seconds)
+        return int(bool(never or over or twice))
 
 
 def rush_hour(city: City, count: int, seed: int) -> None:
@@ -395,28 +406,29 @@ def rush_hour(city: City, count: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="a car; default: car1")
-    parser.add_argument("--at", metavar="PLACE", help="where they start (the first place)")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="cars (car1)")
+    parser.add_argument("--at", metavar="PLACE", help="where they start (first place)")
     parser.add_argument("--battery", metavar="PERCENT", type=float, default=50,
                         help="how full they start (50)")
     parser.add_argument("--speed", metavar="KM_PER_S", type=positive, default=2,
                         help="how fast they drive (2)")
     parser.add_argument("--charges", metavar="N", type=int, default=math.inf,
                         help="stop after so many charges (never)")
-    parser.add_argument("--rush", metavar="N", type=int, help="rush hour: N cars ask at once")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of the rush (1)")
+    parser.add_argument("--rush", metavar="N", type=int, help="N cars that ask at once")
+    parser.add_argument("--seed", metavar="N", type=int, default=1,
+                        help="of the places in the rush (1)")
     args, city = start_up(parser)
     at = args.at or next(iter(city.places))
+    names = list(dict.fromkeys(args.names or ["car1"]))
     if at not in city.places:
         give_up(f"{args.config}: there is no place {at!a}")
+    for name in names:
+        if not is_name(name) or name in city.places or city.ring.find(name):
+            give_up(f"{args.config}: {name!a} is no good name for a car here")
     if not is_number(args.battery, 0, 100) or args.charges < 1:
         parser.error("--battery is 0 to 100, --charges 1 or more")
     if args.rush is not None:
         rush_hour(city, args.rush, args.seed)
-    names = list(dict.fromkeys(args.names or ["car1"]))
-    for name in names:
-        if not is_name(name) or name in city.places or city.ring.find(name):
-            give_up(f"{args.config}: {name!a} is no good name for a car here")
     run_until_stopped([Car(name, city, at, args.battery, args.speed, args.charges)
                        for name in names])
 

@@ -3,18 +3,19 @@
         fog --hold--> STATION --held: yes / no--> fog       a spot is kept for a car
         car --plug--> STATION     again and again: renews   the car charges
         car --leave-> STATION <--release-- fog              the spot is free again
-                      STATION --state, online--> all        retained: who comes later knows
+                      STATION --state, online--> all       (retained)
 
 The life of a spot:  free -> held (60 s) -> charging (15 s after the last plug) -> free
 
-Every promise ends by itself: a hold or a plug is a lease, and a car that is never heard of
-again loses its spot when the lease has run out. What a station says last is kept by its
-broker (a retained message); after a crash it reads that back before it promises anything.
+Every promise ends by itself: a hold or a plug is a lease, and a car that is never heard
+of again loses its spot when the lease has run out. What a station said last is kept by
+its broker (a retained message); after a crash it reads that back before it promises
+anything.
 
     python3 station.py [NAME ...] [--hold S] [--lease S]    these stations; no name: all
 
 One thread a station owns all of its state, and looks after its connection too: no lock.
-Read next: car.py. Left out on purpose: kilowatts, prices, and a memory of its own on disk.
+Read next: car.py. Left out on purpose: kilowatts, prices, a memory of its own on disk.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from broker import Link
 from cloud_server import Story, give_up, is_id, positive, run_until_stopped, start_up
 from ring import City, is_name, need, read_object
 
-HOLD = 60       # s a spot is kept for a car on its way; no drive in the city takes longer
+HOLD = 60       # s a spot is kept for a car on its way; a drive takes less
 LEASE = 15      # s a plug counts; the car renews it every third of that
 TURN = 0.1      # s between two looks at the leases
 RETRY = 1       # s before a lost broker is tried again
@@ -96,8 +97,8 @@ class Station:
     def restore(self) -> None:
         """Read our own retained state back; what else comes meanwhile waits its turn.
 
-        There may be none, and nothing would tell. So we say something to ourselves behind
-        the subscription: when that arrives, the retained state has come, or never will.
+        There may be none, and nothing would tell. So we say something to ourselves
+        after subscribing: when that arrives, the retained state has come, or never will.
         """
         self.link.subscribe(f"{self.topic}/state", f"{self.topic}/online")
         self.link.publish(f"{self.topic}/online", False)
@@ -125,8 +126,8 @@ class Station:
             return self.tell(f"our own last state makes no sense: {fault}")
         now = time.monotonic()
         for car, use in sorted(cars.items(), key=lambda item: item[1] != "charging"):
-            if is_name(car) and use in ("held", "charging") and len(self.cars) < self.spots:
-                lease = self.lease if use == "charging" else self.hold
+            lease = {"held": self.hold, "charging": self.lease}.get(use)
+            if is_name(car) and lease and len(self.cars) < self.spots:
                 self.cars[car] = Spot(use, "", now + lease)
                 self.tell(f"remembers {car}: {use}")
 
@@ -140,7 +141,8 @@ class Station:
                 need(is_name(name), "no good name for a car")
                 self.plug(name) if verb == "plug" else self.leave(name)
             elif verb == "hold":
-                need(is_id(fields.get("id"), 200) and is_name(fields.get("car")), "id? car?")
+                need(is_id(fields.get("id"), 200), "no id")
+                need(is_name(fields.get("car")), "no car")
                 self.keep(fields["car"], fields["id"])
             elif verb == "release":
                 self.release(fields)
@@ -148,7 +150,7 @@ class Station:
             self.tell(f"<- {message.topic!a:.99} makes no sense: {fault!s:.99}")
 
     def keep(self, car: str, hold_id: str) -> None:
-        """Keep a spot for a car. Asked again, it is the same spot, for the later asker."""
+        """Keep a spot for a car. Asked again, it is the same spot under the new id."""
         spot, ok = self.cars.get(car), True
         if spot:
             spot.hold_id = hold_id
@@ -160,15 +162,16 @@ class Station:
         else:
             ok = False
         times = {"hold": self.hold, "lease": self.lease} if ok else {}
-        self.link.publish(f"{self.topic}/held", {"id": hold_id, "car": car, "ok": ok} | times)
+        self.link.publish(f"{self.topic}/held",
+                          {"id": hold_id, "car": car, "ok": ok} | times)
         self.tell(f"-> {self.broker.name:<8} {hold_id.split('@')[0]} "
                   + (f"{spot.use} for {car}" if ok else f"no spot for {car}: full"))
 
     def release(self, fields: dict) -> None:
         """Undo a hold, by its id or by its car; a car that charges stays."""
         for car, spot in list(self.cars.items()):
-            if spot.use == "held" and (car == fields.get("car")
-                                       or spot.hold_id and spot.hold_id == fields.get("id")):
+            asked = car == fields.get("car") or spot.hold_id == (fields.get("id") or None)
+            if spot.use == "held" and asked:
                 self.free(car, "released")
 
     def plug(self, car: str) -> None:
@@ -203,13 +206,15 @@ class Station:
 
     def publish_state(self) -> None:
         self.link.publish(f"{self.topic}/state", {
-            "station": self.name, "spots": self.spots, "free": self.spots - len(self.cars),
-            "cars": {car: spot.use for car, spot in self.cars.items()}}, qos=0, retain=True)
+            "station": self.name, "spots": self.spots,
+            "free": self.spots - len(self.cars),
+            "cars": {car: spot.use for car, spot in self.cars.items()},
+        }, qos=0, retain=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Charging stations of the city.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="a station; default: all")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="stations (all)")
     parser.add_argument("--hold", metavar="S", type=positive, default=HOLD,
                         help=f"seconds a spot is kept for a car on its way ({HOLD})")
     parser.add_argument("--lease", metavar="S", type=positive, default=LEASE,
