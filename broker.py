@@ -13,22 +13,25 @@
                       | MQTT              | MQTT
                    stations             cars
 
-The fog node owns nothing that lasts. It knows what its stations last said, and asks one to
-hold a spot before it promises that spot to anybody. All state of chapters 2 and 3 is
+The fog node owns nothing that lasts. It knows what its stations last said, and asks one
+to hold a spot before it promises that spot to anybody. All state of chapters 2 and 3 is
 touched by one asyncio loop alone, so it needs no lock; what would block (the cloud, the
-other brokers) waits in threads of its own, that only hand back an answer.
+other brokers) waits in threads of its own, which only hand back an answer.
 
-    python3 broker.py [NAME ...]       these brokers in one process; no name: all of them
-    python3 broker.py --external-mqtt  the same, with Mosquitto (or another) for chapters 1, 2
+    python3 broker.py [NAME ...]       these brokers in one process; no name: all
+    python3 broker.py --external-mqtt  with Mosquitto in the place of chapters 1 and 2
 
 Read next: station.py. Left out on purpose: MQTT 5, TLS, and anything kept on disk.
 """
 
 import argparse
 import asyncio
+import base64
 import collections
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import heapq
 import hmac
 import http
@@ -36,6 +39,7 @@ import http.server
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import re
@@ -51,10 +55,10 @@ from typing import Callable, NamedTuple
 from paho.mqtt import client as paho
 
 import ring
-from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story, call,
-                          check_request, crash, give_up, has_room, is_id,
-                          is_key, is_reply, listening, mqtt_password, outcome, read_request, refusal, search, start_up,
-                          until_stopped)
+from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story,
+                          call, check_request, crash, give_up, has_room, is_id, is_key,
+                          is_reply, listening, mqtt_password, outcome, read_request,
+                          refusal, search, start_up, until_stopped)
 from ring import City, is_name, is_number, need, read_json, read_object
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
@@ -68,24 +72,26 @@ NODES = 50_000              # levels of all filters of a client: each may cost a
 STATION_WAIT = 0.5          # s a station has to answer a hold
 STATIONS_WAIT = 1.2         # s all stations of this broker together have
 CLOUD_WAIT = 4.5            # s for the cloud: its walk takes at most 4
-REQUEST_WAIT = 8.8          # s a request may take in all: the car has its reply within 9
+REQUEST_WAIT = 8.8          # s a request may take in all: the car is told 9
 SILENT = 10                 # s for which a silent station, or cloud, is left out
 HOLDS = 16                  # holds on their way at a time, of a broker
 HOLDS_STATION = 12          # to one station: a silent one shall not hold up the others
 WALKERS = 128               # requests that may wait for the cloud at the same time
-CARS = 10_000               # cars that a broker remembers
+REMEMBERED = 10_000         # cars, requests and holds that a broker keeps in mind
 HTTP_WAIT = 10              # s for a whole HTTP request to come in
+DOING = "driving", "asking", "waiting", "going", "charging", "offline"  # a car
+
 # The types of MQTT packets, what topic names and filters look like, a two-byte number
 (CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
  UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
 TEXT = re.compile(".*", re.S)
 TOPIC = re.compile("[^+#]+")        # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
-FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1-1] to 3
+FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1]
 pack = struct.Struct(">H").pack
 ANY = -1                            # flags, or a size of the body, that may be any
 
 
-# ===== 1. MQTT packets: bytes <-> fields ================================================
+# ===== 1. MQTT packets: bytes <-> fields ==============================================
 #     byte 0             bytes 1 to 4            the body
 #     +------+-------+   +------------------+   +----------------------+---------+
 #     | type | flags |   | remaining length |   | fields of that type  | payload |
@@ -111,7 +117,7 @@ def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
 
 
 def find_body(buffer: bytearray, start: int) -> slice | None:
-    """Where the body of the packet at `start` lies in the buffer; None: not all there yet."""
+    """Where the body of the packet at `start` lies; None: it is not all there yet."""
     length = 0
     for count, byte in enumerate(buffer[start + 1:start + 5]):
         length |= (byte & 127) << 7 * count
@@ -170,10 +176,10 @@ def encode_publish(message: Message, packet_id: int = 0, dup: bool = False) -> b
                   flags=dup << 3 | message.qos << 1 | message.retain)
 
 
-# ===== 2. The MQTT server: topic tree, sessions, connections ============================
+# ===== 2. The MQTT server: topic tree, sessions, connections ==========================
 
 class TopicTree(collections.defaultdict):
-    """Who subscribes to what: level -> the tree below it. To match costs the topic's depth.
+    """Who subscribes to what: level -> the tree below it. A topic costs its depth.
         server1 -- cars -- + -- request   {fog: 1}
                      |     +--- plug -- P1   {P1: 1}
                      +-- car1 -- reply   {car1: 1}
@@ -210,14 +216,14 @@ class TopicTree(collections.defaultdict):
 
 
 class Session:
-    """What the server knows of one client id; if not `clean` it outlives the connection."""
+    """What the server knows of a client id; if not `clean`, beyond its connection."""
 
     def __init__(self, client_id: str, clean: bool):
         self.client_id, self.clean = client_id, clean
         self.connection: Connection | None = None
         self.filters: set[str] = set()
-        self.unacked: dict[int, bytes] = collections.OrderedDict()  # what to send (again) for
-        self.kept_bytes = 0     # each message on its way, in order [MQTT-4.6.0-1]; their sizes
+        self.unacked: dict[int, bytes] = collections.OrderedDict()  # packets to send
+        self.kept_bytes = 0     # (again), in order [MQTT-4.6.0-1]; their size together
         self.received: set[int] = set()         # QoS 2 identifiers not yet released
         self.ids = itertools.count()
 
@@ -253,13 +259,13 @@ class Session:
 
 
 class Connection(asyncio.Protocol):
-    """One client's socket. The loop calls data_received; each packet meets its do_..."""
+    """One client's socket. The loop calls data_received; each packet meets a do_..."""
 
     def __init__(self, server: "MqttServer"):
         self.server, self.closed = server, False
         self.session: Session | None = None     # from CONNECT on
         self.will: Message | None = None
-        self.buffer, self.out, self.waiting = bytearray(), [], 0    # waiting: bytes in out
+        self.buffer, self.out, self.waiting = bytearray(), [], 0    # bytes in `out`
         self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
 
     def connection_made(self, transport) -> None:
@@ -272,7 +278,7 @@ class Connection(asyncio.Protocol):
         self.close(f"vanished {error or ''}")
 
     def data_received(self, data: bytes) -> None:
-        """Cut whole packets off what has come; one read may hold half a packet, or many."""
+        """Cut whole packets off what has come: a read may bring half a one, or many."""
         buffer, at = self.buffer, 0
         buffer += data
         try:
@@ -294,7 +300,7 @@ class Connection(asyncio.Protocol):
         act(self, packet)
 
     def do_connect(self, packet: Packet) -> None:
-        """protocol name | level | flags | keepalive | client id | will | user | password"""
+        """protocol | level | flags | keepalive | client id | will | user | password"""
         require(packet.text() == "MQTT", "not MQTT")                # [MQTT-3.1.2-1]
         level, flags, keepalive = *packet.take(2), packet.number()
         if level != 4:
@@ -302,7 +308,7 @@ class Connection(asyncio.Protocol):
         user, password, retain = flags & 128, flags & 64, bool(flags & 32)
         qos, will, clean = flags >> 3 & 3, flags & 4, bool(flags & 2)
         require(not flags & 1 and qos < 3 and (will or not qos and not retain)
-                and (user or not password), "impossible flags")     # [MQTT-3.1.2-3] to 22
+                and (user or not password), "impossible flags")  # [MQTT-3.1.2-3] to 22
         client_id = packet.text()
         will = Message(packet.text(TOPIC), packet.take(packet.number()), qos, retain
                        ) if will else None
@@ -324,14 +330,15 @@ class Connection(asyncio.Protocol):
         self.close(f"refused: {why}")                   # [MQTT-3.2.2-5]
 
     def do_publish(self, packet: Packet) -> None:
-        """topic | packet identifier if QoS is 1 or 2 | payload; flags: DUP, QoS, RETAIN"""
+        """topic | packet identifier unless QoS 0 | payload; flags: DUP, QoS, RETAIN"""
         qos, received = packet.flags >> 1 & 3, self.session.received
-        require(qos < 3 and (qos or packet.flags < 8), "impossible flags")  # [MQTT-3.3.1-2], 4
+        require(qos < 3 and (qos or packet.flags < 8), "impossible flags")
         topic, packet_id = packet.text(TOPIC), packet.packet_id() if qos else 0
         require(may_publish(self.session.client_id, topic, self.server.brokers),
                 f"it may not publish {topic:.99}")
-        if qos < 2 or packet_id not in received:        # else it is a QoS 2 message again
-            self.server.publish(topic, packet.data[packet.at:], qos, bool(packet.flags & 1))
+        if qos < 2 or packet_id not in received:        # else it is sent again
+            payload, retain = packet.data[packet.at:], bool(packet.flags & 1)
+            self.server.publish(topic, payload, qos, retain)
         if qos == 1:
             self.send(encode(PUBACK, pack(packet_id)))              # [MQTT-4.3.2-2]
         elif qos == 2:
@@ -341,14 +348,15 @@ class Connection(asyncio.Protocol):
             self.close("releases nothing")
 
     def do_acknowledge(self, packet: Packet) -> None:
-        """PUBACK ends QoS 1. PUBREC, PUBREL, PUBCOMP: we ask, and answer, to end QoS 2."""
+        """PUBACK ends QoS 1. PUBREC, then PUBREL, then PUBCOMP, which ends QoS 2."""
         packet_id, kind = packet.packet_id(), packet.kind
         if kind == PUBREL:                              # [MQTT-4.3.3-2]
             self.session.received.discard(packet_id)
             return self.send(encode(PUBCOMP, pack(packet_id)))
         unacked = self.session.unacked
         if sent := unacked.get(packet_id):
-            expected = PUBCOMP if sent[0] >> 4 == PUBREL else PUBACK if sent[0] & 2 else PUBREC
+            expected = (PUBCOMP if sent[0] >> 4 == PUBREL else
+                        PUBACK if sent[0] & 2 else PUBREC)
             require(kind == expected, "the wrong acknowledgement")
             self.session.kept_bytes -= len(sent)
         if kind == PUBREC:                              # [MQTT-4.3.3-1]
@@ -385,7 +393,7 @@ class Connection(asyncio.Protocol):
         self.will = None                                            # [MQTT-3.1.2-10]
         self.close("said goodbye")
 
-    HANDLERS = {    # what a client may send, with which flags [MQTT-2.2.2-1] and body size
+    HANDLERS = {    # what clients may send: its flags [MQTT-2.2.2-1], its body's size
         CONNECT: (0, ANY, do_connect), DISCONNECT: (0, 0, do_disconnect),
         PUBLISH: (ANY, ANY, do_publish), PUBACK: (0, 2, do_acknowledge),
         PUBREC: (0, 2, do_acknowledge), PUBREL: (2, 2, do_acknowledge),
@@ -410,24 +418,24 @@ class Connection(asyncio.Protocol):
                 self.close("reads too slowly")
 
     def close(self, why: str) -> None:
-        """However a connection ends, it ends here, and once: the session, then the will."""
+        """However a connection ends, it ends here, once: the session, then the will."""
         self.flush()
         if not self.closed:
             self.closed = True
             if self.transport.get_write_buffer_size():
-                self.transport.abort()      # whoever does not read does not get the rest
+                self.transport.abort()      # who does not read does not get the rest
             self.transport.close()
             self.server.close_session(self, why)
 
 
 class MqttServer:
-    """Sessions, subscriptions and retained messages of one broker, touched by the loop only."""
+    """Sessions, subscriptions and retained messages; touched by the loop only."""
 
     def __init__(self, brokers: set[str], tell: Story):
         self.brokers, self.tell = brokers, tell
         self.connections: set[Connection] = set()
         self.sessions: dict[str, Session] = {}
-        self.absent: dict[str, Session] = collections.OrderedDict()     # longest away first
+        self.absent: dict[str, Session] = {}    # who is longest away stands first
         self.tree = TopicTree()
         self.retained, self.retained_bytes = collections.OrderedDict(), 0
 
@@ -454,8 +462,10 @@ class MqttServer:
             session.connection = None
             self.absent[session.client_id] = session
             session.keep_bounds()
-            if session.clean or len(self.absent) > ABSENT:
-                self.drop(session if session.clean else next(iter(self.absent.values())))
+            if session.clean:
+                self.drop(session)
+            elif len(self.absent) > ABSENT:
+                self.drop(next(iter(self.absent.values())))
         if connection.will:
             self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
@@ -465,11 +475,11 @@ class MqttServer:
         del self.absent[session.client_id], self.sessions[session.client_id]
 
     def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
-        """`callback(topic, payload)` for each message: a subscriber without a socket."""
+        """`callback(topic, payload)` for each message: a subscriber without socket."""
         self.tree.add(topic_filter, Inside(callback), 0)
 
     def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
-        """To a new subscription, with the retain flag. [MQTT-3.3.1-6], [MQTT-3.3.1-8]"""
+        """To a new subscription, with the retain flag on. [MQTT-3.3.1-6], 8"""
         tree = TopicTree()
         tree.add(topic_filter, session, qos)
         wild = "+" in topic_filter or "#" in topic_filter
@@ -478,10 +488,10 @@ class MqttServer:
                 session.deliver(self.retained[topic], qos)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
-        """To all subscribers, and if `retain`, to later ones; an empty payload to none."""
+        """To all subscribers; if `retain`, to later ones too, unless it is empty."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
-            old = self.retained.pop(topic, None)    # replace, or delete [MQTT-3.3.1-5], 10
+            old = self.retained.pop(topic, None)    # replaced or deleted [MQTT-3.3.1-5]
             self.retained_bytes += len(payload) - (len(old.payload) if old else 0)
             if payload:
                 self.retained[topic] = message._replace(retain=True)
@@ -491,9 +501,7 @@ class MqttServer:
             subscriber.deliver(message, granted)
 
 
-# ========================================================================================
-# 3. The fog node: what is near, free and alive
-# ========================================================================================
+# ===== 3. The fog node: what is near, free and alive ==================================
 
 def may_connect(client_id: str, user: str, password: bytes) -> bool:
     """With a key set, a client id is proved by its password. Without, come in."""
@@ -515,52 +523,6 @@ class Inside:
         self.deliver = lambda message, granted: callback(message.topic, message.payload)
 
 
-def spawn(coroutine) -> asyncio.Task:
-    """A task whose fault is not forgotten."""
-    task = asyncio.get_running_loop().create_task(coroutine)
-    TASKS.add(task)                 # the loop itself keeps only a weak reference
-    task.add_done_callback(end_task)
-    return task
-
-
-def end_task(task: asyncio.Task) -> None:
-    TASKS.discard(task)
-    if not task.cancelled() and task.exception():
-        crash(task.exception())
-
-
-TASKS: set[asyncio.Task] = set()    # touched by the loop only
-
-
-@dataclasses.dataclass
-class Station:
-    """What one of the broker's own stations last said."""
-    state: dict                     # as in the contract's B/stations/P/state
-    online: bool = False
-    silent_until: float = 0.0       # it let a hold go unanswered: offline until then
-    turns: asyncio.Semaphore = dataclasses.field(
-        default_factory=lambda: asyncio.Semaphore(HOLDS_STATION))
-    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-
-    def is_online(self) -> bool:
-        return self.online and time.monotonic() >= self.silent_until
-
-    def may_have_a_spot(self, car: str) -> bool:
-        return self.is_online() and (self.state["free"] > 0 or car in self.state["cars"])
-
-
-@dataclasses.dataclass
-class Hold:
-    """What we asked of a station, and its answer to come: None if that takes too long."""
-    station: str
-    car: str
-    answer: asyncio.Future
-
-    def give_up(self) -> None:
-        if not self.answer.done():
-            self.answer.set_result(None)
-
-
 class Map:
     """The roads of the city. Distances in km."""
 
@@ -570,10 +532,8 @@ class Map:
             self.roads[a][b] = self.roads[b][a] = city.km(a, b)
 
     def routes(self, start: str) -> dict[str, tuple[float, list[str]]]:
-        """Dijkstra: the shortest way from `start` to each place that can be reached.
-
-        {"P3": (7.3, ["A", "C", "P3"]), ...}, the nearest first.
-        """
+        """Dijkstra: the shortest way from `start` to each place that can be reached,
+        the nearest first: {"P3": (7.335, ["A", "C", "P3"]), ...}."""
         found, edge = {}, [(0.0, [start])]
         while edge:
             km, route = heapq.heappop(edge)
@@ -585,250 +545,39 @@ class Map:
         return found
 
     @functools.lru_cache(1024)
-    def stations(self, start: str) -> list[tuple[float, str, list[str]]]:
-        """(km, station, route) of every station that can be reached, the nearest first."""
-        return [(km, place, route) for place, (km, route) in self.routes(start).items()
+    def stations(self, start: str) -> list[tuple[str, float, list[str]]]:
+        """(station, km, route) of each station in reach, the nearest first."""
+        return [(place, *way) for place, way in self.routes(start).items()
                 if "spots" in self.city.places[place]]
 
 
-class Fog:
-    """A broker's table of stations and cars, and the search for a spot.
+@dataclasses.dataclass
+class Station:
+    """What one of the broker's own stations last said."""
+    state: dict                     # {"station", "spots", "free", "cars"}
+    turns: asyncio.Semaphore        # for holds on their way to it
+    online: bool = False
+    silent_until: float = 0.0       # it left a hold unanswered: offline until then
+    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
-    Touched by the loop only; `walk_ring` alone runs in other threads, and shares with the
-    loop nothing but `cloud_silent_until`, a float that is only ever replaced.
-    """
+    def is_online(self) -> bool:
+        return self.online and time.monotonic() >= self.silent_until
 
-    def __init__(self, name: str, city: City, city_map: Map, tell: Story):
-        self.name, self.city, self.map, self.tell = name, city, city_map, tell
-        self.stations = {
-            station: Station({"station": station, "spots": city.places[station]["spots"],
-                              "free": 0, "cars": {}}) for station in city.stations(name)}
-        self.cars: dict[str, dict] = {}             # their states
-        self.requests = {"local": 0, "ring": 0, "refused": 0}
-        self.holds: dict[str, Hold] = collections.OrderedDict()     # by id, the oldest first
-        self.turns = asyncio.Semaphore(HOLDS)
-        self.numbers = itertools.count(time.time_ns())  # never used twice, nor after a restart
-        self.asked: dict[str, Asked] = collections.OrderedDict()    # each car's last request
-        self.cloud_silent_until = 0.0
-        self.walkers = ThreadPoolExecutor(WALKERS)
+    def may_have_a_spot(self, car: str) -> bool:
+        state = self.state
+        return self.is_online() and (state["free"] > 0 or car in state["cars"])
 
-    def attach(self, mqtt) -> None:
-        """Subscribe to what the fog node hears; `mqtt` is a server of ours or another's."""
-        self.mqtt = mqtt
-        for topic, hear in (("cars/+/request", self.on_request), ("cars/+/state", self.on_car),
-                            ("cars/+/leave/+", self.on_leave), ("stations/+/held", self.on_held),
-                            ("stations/+/state", self.on_state),
-                            ("stations/+/online", self.on_online)):
-            mqtt.subscribe_inside(f"{self.name}/{topic}", functools.partial(self.hear, hear))
 
-    def hear(self, on_message: Callable, topic: str, payload: bytes) -> None:
-        """Nonsense is told in one line, and never stops us."""
-        name = topic[len(self.name) + 1:].split("/")[1]
-        try:
-            on_message(name, payload)
-        except ValueError as fault:
-            self.tell(f"<- {name!a:.66} {topic.split('/')[-1]!a:.66} makes no sense: {fault!s:.99}")
+@dataclasses.dataclass
+class Hold:
+    """What we asked of a station, and its answer to come; None: it took too long."""
+    station: str
+    car: str
+    answer: asyncio.Future
 
-    def send(self, topic: str, message: dict) -> None:
-        self.mqtt.publish(f"{self.name}/{topic}", json.dumps(message).encode(), qos=1)
-
-    # --- what cars say
-
-    def on_request(self, car: str, payload: bytes) -> None:
-        request_id = None
-        try:
-            request = read_object(payload) | {"car": car}
-            request_id = readable_id(request)
-            check_request(self.city, request)
-        except ValueError as fault:
-            self.send(f"cars/{car}/reply", refusal(request_id, f"bad request: {fault}",
-                                                   [self.name]))
-            raise
-        spawn(self.reply(request))
-
-    async def reply(self, request: dict) -> None:
-        reply = await self.answer(request)
-        self.send(f"cars/{request['car']}/reply", reply)
-
-    def on_car(self, car: str, payload: bytes) -> None:
-        if not payload:             # it has gone to another broker
-            self.cars.pop(car, None)
-            return
-        state = read_object(payload)
-        need(is_name(car) and state.get("car") == car, "not a car's own state")
-        need(isinstance(state.get("at"), str) and state["at"] in self.city.places, "at?")
-        need(is_number(state.get("battery"), 0, 100), "battery?")
-        need(state.get("doing") in ("driving", "asking", "waiting", "going", "charging",
-                                    "offline"), "doing?")
-        self.cars.pop(car, None)
-        self.cars[car] = {key: state[key] for key in ("car", "at", "battery", "doing")}
-        if len(self.cars) > CARS:
-            del self.cars[next(iter(self.cars))]
-
-    def on_leave(self, car: str, payload: bytes) -> None:
-        self.forget(car)
-
-    def forget(self, car: str) -> None:
-        """The car has what it asked for, or wants it no more: its next request is new."""
-        if car in self.asked and self.asked[car].task.done():
-            del self.asked[car]
-
-    # --- what stations say
-
-    def station(self, name: str) -> Station:
-        """The station that speaks: so it is alive."""
-        need(name in self.stations, "not a station of this broker")
-        self.stations[name].silent_until = 0.0
-        return self.stations[name]
-
-    def on_held(self, name: str, payload: bytes) -> None:
-        self.station(name)
-        held = read_object(payload)
-        need(is_id(held.get("id"), 200) and isinstance(held.get("ok"), bool), "id? ok?")
-        need(not held["ok"] or is_number(held.get("hold"), 1e-3, 1e6)
-             and is_number(held.get("lease"), 1e-3, 1e6), "hold? lease?")
-        hold = self.holds.get(held["id"])
-        if hold:
-            need((hold.station, hold.car) == (name, held.get("car")), "not what was asked")
-            if not hold.answer.done():      # else it is the same yes, delivered twice
-                hold.answer.set_result(held)
-        elif held["ok"]:
-            self.tell(f"-> {name:<8} {held['id'].split('@')[0]} that yes came too late: undone")
-            self.send(f"stations/{name}/release", {"id": held["id"]})
-
-    def on_state(self, name: str, payload: bytes) -> None:
-        station, state = self.station(name), read_object(payload)
-        spots, free, cars = state.get("spots"), state.get("free"), state.get("cars")
-        need(state.get("station") == name, "not a station's own state")
-        need(type(spots) is int and 1 <= spots <= 1000, "spots?")
-        need(type(free) is int and 0 <= free <= spots, "free?")
-        need(isinstance(cars, dict) and len(cars) <= spots and all(
-            is_name(car) and use in ("held", "charging") for car, use in cars.items()), "cars?")
-        station.state = {"station": name, "spots": spots, "free": free, "cars": cars}
-        station.changed.set()
-
-    def on_online(self, name: str, payload: bytes) -> None:
-        station, online = self.station(name), read_json(payload)
-        need(isinstance(online, bool), "true or false?")
-        if station.online != online:
-            self.tell(f"<- {name:<8} is {'online' if online else 'offline'}")
-        station.online = online
-
-    # --- the search
-
-    def answer(self, request: dict) -> asyncio.Future:
-        """The reply to a car, from MQTT or HTTP: for the same id, the same one again."""
-        car, request_id = request["car"], request["id"]
-        before = self.asked.pop(car, None)
-        if not before or before.request_id != request_id or before.is_stale():
-            after = before.task if before else None
-            before = Asked(request_id, spawn(self.serve(request, after)))
-        self.asked[car] = before                    # the youngest last
-        if len(self.asked) > CARS:
-            del self.asked[next(iter(self.asked))]
-        return before.task
-
-    async def serve(self, request: dict, after: asyncio.Task | None) -> dict:
-        """One request from its arrival to its reply; a car's own, one after the other."""
-        end = time.monotonic() + REQUEST_WAIT
-        car, request_id = request["car"], request["id"]
-        self.tell(f"<- {car:<8} {request_id} asks for a spot at {request['at']} "
-                  f"(range {request['range']:g} km)")
-        if after and not after.done():
-            await asyncio.wait([after], timeout=REQUEST_WAIT - STATIONS_WAIT)
-        reply, _ = await self.find_spot(request, end)
-        kind = "refused"
-        if reply["station"]:
-            kind = "local" if reply["broker"] == self.name else "ring"
-        self.requests[kind] += 1
-        self.tell(f"-> {car:<8} {request_id} {outcome(reply)}")
-        return reply
-
-    async def find_spot(self, request: dict, end: float, ring=True) -> tuple[dict, str]:
-        """The nearest free spot: among our own stations, then (if `ring`) round the ring.
-
-        Returns the reply, and the id of the hold if the spot is one of ours.
-        """
-        near = [found for found in self.map.stations(request["at"])
-                if found[0] <= request["range"]]
-        if not near:
-            return refusal(request["id"], "out of range", [self.name]), ""
-        patience, latest = STATIONS_WAIT, end - STATION_WAIT
-        for km, name, route in near:
-            if (name not in self.stations or patience <= 0
-                    or not self.stations[name].may_have_a_spot(request["car"])):
-                continue
-            hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
-            held = await self.hold(name, hold_id, request["car"],
-                                   min(STATION_WAIT, patience), latest)
-            if held is None:
-                patience -= STATION_WAIT
-            elif held["ok"]:
-                return {"id": request["id"], "station": name, "broker": self.name,
-                        "route": route, "km": round(km, 3), "hold": held["hold"],
-                        "lease": held["lease"], "asked": [self.name]}, hold_id
-        if not ring or time.monotonic() > latest:
-            return refusal(request["id"], "full", [self.name]), ""
-        reply = await asyncio.get_running_loop().run_in_executor(
-            self.walkers, self.walk_ring, request, end)
-        return reply | {"asked": [self.name, *reply["asked"]]}, ""
-
-    async def hold(self, name: str, hold_id: str, car: str, wait: float,
-                   latest: float) -> dict | None:
-        """Ask a station to keep a spot: its answer, or None if there was none in time."""
-        station, loop = self.stations[name], asyncio.get_running_loop()
-        async with station.turns, self.turns:
-            if not station.may_have_a_spot(car) or time.monotonic() > latest:
-                return {"ok": False}        # things have changed while we stood in line
-            hold = self.holds[hold_id] = Hold(name, car, loop.create_future())
-            timer = loop.call_later(wait, hold.give_up)
-            try:
-                self.send(f"stations/{name}/hold", {"id": hold_id, "car": car})
-                held = await hold.answer
-            finally:
-                timer.cancel()
-                if not hold.answer.done() or hold.answer.result() is None:
-                    del self.holds[hold_id]     # a late yes is a yes nobody waits for
-        if len(self.holds) > CARS:
-            self.holds.popitem(last=False)
-        if held is None:
-            station.silent_until = time.monotonic() + SILENT
-            self.tell(f"<- {name:<8} {hold_id.split('@')[0]} no answer: counts as offline")
-        return held
-
-    def walk_ring(self, request: dict, end: float) -> dict:
-        """Ask the cloud, or walk by ourselves without it. In a thread of its own."""
-        request, left = request | {"broker": self.name}, end - time.monotonic()
-        if time.monotonic() >= self.cloud_silent_until and left > CLOUD_WAIT:
-            self.tell(f"-> cloud    {request['id']} no spot here: who has one?")
-            reply = call(*self.city.cloud, request | {"op": "search"}, CLOUD_WAIT)
-            if is_reply(self.city, reply, request["id"]):
-                self.tell(f"<- cloud    {request['id']} {outcome(reply)}")
-                return reply
-            self.cloud_silent_until = time.monotonic() + SILENT
-            self.tell(f"<- cloud    {request['id']} no answer: without it for {SILENT} s")
-        left = end - time.monotonic()
-        return search(self.city, request, self.tell, min(ring.WALK, left))
-
-    # --- what the doors ask for
-
-    async def give_back(self, car: str) -> bool:
-        """Give the car's held spots back; has it one? Waits until the stations say so."""
-        self.forget(car)
-        keeping = [(name, station) for name, station in self.stations.items()
-                   if station.state["cars"].get(car) == "held"]
-        for name, station in keeping:
-            station.changed.clear()
-            self.send(f"stations/{name}/release", {"car": car})
-        for name, station in keeping:
-            await asyncio.wait([spawn(station.changed.wait())], timeout=STATION_WAIT)
-        return bool(keeping)
-
-    async def status(self) -> dict:
-        return {"broker": self.name, "cars": dict(self.cars),
-                "stations": {name: station.state | {"online": station.is_online()}
-                             for name, station in self.stations.items()},
-                "requests": dict(self.requests), "events": list(self.tell.events)}
+    def give_up(self) -> None:
+        if not self.answer.done():
+            self.answer.set_result(None)
 
 
 @dataclasses.dataclass
@@ -840,31 +589,266 @@ class Asked:
 
     def is_stale(self) -> bool:
         """An offer whose hold has run out promises nothing any more."""
-        if not self.task.done():
-            return False
-        return time.monotonic() > self.since + self.task.result().get("hold", math.inf)
+        return self.task.done() and (
+            time.monotonic() > self.since + self.task.result().get("hold", math.inf))
 
 
-def is_city(found: dict | None) -> bool:
-    """Is that what the cloud says of the city: a status, or None, for each broker?"""
-    brokers = (found or {}).get("brokers")
-    return isinstance(brokers, dict) and all(
-        status is None or isinstance(status, dict) and status.get("broker") == name
-        for name, status in brokers.items())
+class Fog:
+    """A broker's table of stations and cars, and the search for a spot.
+
+    Touched by the loop only. `walk_ring` alone runs in other threads, and shares with
+    the loop one float, `cloud_silent_until`, that is only ever replaced.
+    """
+
+    def __init__(self, name: str, city: City, city_map: Map, tell: Story):
+        self.name, self.city, self.map, self.tell = name, city, city_map, tell
+        own = city.stations(name)
+        self.stations = {station: Station(
+            {"station": station, "spots": city.places[station]["spots"], "free": 0,
+             "cars": {}}, asyncio.Semaphore(HOLDS_STATION if len(own) > 1 else HOLDS))
+            for station in own}
+        self.cars: dict[str, dict] = {}     # their states
+        self.asked: dict[str, Asked] = {}   # by car, who asked last stands last
+        self.holds: dict[str, Hold] = {}    # by id: unanswered, or answered lately
+        self.numbers = itertools.count(time.time_ns())  # of holds: new after a restart
+        self.turns = asyncio.Semaphore(HOLDS)
+        self.requests = {"local": 0, "ring": 0, "refused": 0}
+        self.walkers, self.cloud_silent_until = ThreadPoolExecutor(WALKERS), 0.0
+
+    def attach(self, mqtt) -> None:
+        """Subscribe to what the fog node hears, at a server of ours or another's."""
+        self.mqtt = mqtt
+        for topic, act in (("cars/+/request", self.on_request),
+                           ("cars/+/state", self.on_car_state),
+                           ("cars/+/leave/+", self.on_leave),
+                           ("stations/+/held", self.on_held),
+                           ("stations/+/state", self.on_state),
+                           ("stations/+/online", self.on_online)):
+            mqtt.subscribe_inside(f"{self.name}/{topic}",
+                                  functools.partial(self.hear, act))
+
+    def hear(self, act: Callable, topic: str, payload: bytes) -> None:
+        """Nonsense is told in one line, and never stops us."""
+        name, what, *_ = topic[len(self.name) + 1:].split("/")[1:]
+        try:
+            act(name, payload)
+        except ValueError as fault:
+            self.tell(f"<- {name:<8.66} makes no sense ({what:.66}): {fault!s:.99}")
+
+    def send(self, topic: str, message: dict) -> None:
+        self.mqtt.publish(f"{self.name}/{topic}", json.dumps(message).encode(), qos=1)
+
+    # --- what cars say
+
+    def on_request(self, car: str, payload: bytes) -> None:
+        request = {}
+        try:
+            request = read_object(payload) | {"car": car}
+            check_request(self.city, request)
+        except ValueError as fault:
+            self.send(f"cars/{car}/reply", bad_request(self.name, request, fault))
+            raise
+        spawn(self.reply(request))
+
+    async def reply(self, request: dict) -> None:
+        reply = await self.answer(request)
+        self.send(f"cars/{request['car']}/reply", reply)
+
+    def on_car_state(self, car: str, payload: bytes) -> None:
+        if not payload:     # it has gone to another broker
+            self.cars.pop(car, None)
+            return
+        state = read_object(payload)
+        at, doing = state.get("at"), state.get("doing")
+        need(is_name(car) and state.get("car") == car, "not a car's own state")
+        need(isinstance(at, str) and at in self.city.places, "at an unknown place")
+        need(is_number(state.get("battery"), 0, 100), "no battery has that")
+        need(isinstance(doing, str) and doing in DOING, "does what no car does")
+        self.cars.pop(car, None)
+        self.cars[car] = {key: state[key] for key in ("car", "at", "battery", "doing")}
+        drop_oldest(self.cars)
+
+    def on_leave(self, car: str, payload: bytes) -> None:
+        """It has what it asked for, or wants it no more: its next request is new."""
+        if car in self.asked and self.asked[car].task.done():
+            del self.asked[car]
+
+    # --- what stations say
+
+    def speaker(self, name: str) -> Station:
+        """The station that speaks: so it is alive."""
+        need(name in self.stations, "not a station of this broker")
+        self.stations[name].silent_until = 0.0
+        return self.stations[name]
+
+    def on_held(self, name: str, payload: bytes) -> None:
+        self.speaker(name)
+        held = read_object(payload)
+        need(is_id(held.get("id"), 200), "no id")
+        need(held.get("ok") is False or held.get("ok") is True and all(
+            is_number(held.get(key), 1e-3, 1e6) for key in ("hold", "lease")), "ok?")
+        hold = self.holds.get(held["id"])
+        if hold:
+            need((hold.station, hold.car) == (name, held.get("car")), "not asked for")
+            if not hold.answer.done():      # else the same yes has come twice
+                hold.answer.set_result(held)
+        elif held["ok"]:
+            self.tell(f"-> {name:<8} {short(held['id'])} that yes is too late: undone")
+            self.send(f"stations/{name}/release", {"id": held["id"]})
+
+    def on_state(self, name: str, payload: bytes) -> None:
+        station, state = self.speaker(name), read_object(payload)
+        spots, free, cars = map(state.get, ("spots", "free", "cars"))
+        need(state.get("station") == name, "not a station's own state")
+        need(type(spots) is int and 1 <= spots <= 1000, "spots?")
+        need(type(free) is int and 0 <= free <= spots, "free?")
+        need(isinstance(cars, dict) and len(cars) <= spots and all(
+            is_name(car) and use in ("held", "charging") for car, use in cars.items()),
+            "cars?")
+        station.state = {"station": name, "spots": spots, "free": free, "cars": cars}
+        station.changed.set()
+
+    def on_online(self, name: str, payload: bytes) -> None:
+        station, online = self.speaker(name), read_json(payload)
+        need(isinstance(online, bool), "neither true nor false")
+        if station.online != online:
+            self.tell(f"<- {name:<8} is {'online' if online else 'offline'}")
+        station.online = online
+
+    # --- the search
+
+    def answer(self, request: dict) -> asyncio.Task:
+        """The reply to come for a car: to the same id, the same reply again."""
+        car, request_id = request["car"], request["id"]
+        last = self.asked.pop(car, None)
+        if not last or last.request_id != request_id or last.is_stale():
+            last = Asked(request_id, spawn(self.serve(request, last and last.task)))
+        self.asked[car] = last
+        drop_oldest(self.asked)
+        return last.task
+
+    async def serve(self, request: dict, former: asyncio.Task | None) -> dict:
+        """One request, from its arrival to its reply; a car's are served in turn."""
+        end = time.monotonic() + REQUEST_WAIT
+        car, request_id = request["car"], request["id"]
+        self.tell(f"<- {car:<8} {request_id} asks for a spot at {request['at']} "
+                  f"(range {request['range']:g} km)")
+        if former and not former.done():
+            await asyncio.wait([former], timeout=REQUEST_WAIT - STATIONS_WAIT)
+        reply, _ = await self.find_spot(request, end)
+        where = "local" if reply.get("broker") == self.name else "ring"
+        self.requests[where if reply["station"] else "refused"] += 1
+        self.tell(f"-> {car:<8} {request_id} {outcome(reply)}")
+        return reply
+
+    async def find_spot(self, request: dict, end: float, ring=True) -> tuple[dict, str]:
+        """The nearest free spot: of our own stations; else, if `ring`, round the ring.
+
+        Returns the reply, and the id of the hold if the spot is one of ours.
+        """
+        near = [found for found in self.map.stations(request["at"])
+                if found[1] <= request["range"]]
+        if not near:
+            return refusal(request["id"], "out of range", [self.name]), ""
+        patience = STATIONS_WAIT
+        for name, km, route in near:
+            if patience <= 0 or not (name in self.stations and self.stations[
+                    name].may_have_a_spot(request["car"])):
+                continue
+            hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
+            held = await self.hold(name, hold_id, request["car"],
+                                   min(STATION_WAIT, patience), end - STATION_WAIT)
+            if held is None:
+                patience -= STATION_WAIT
+            elif held["ok"]:
+                return {"id": request["id"], "station": name, "broker": self.name,
+                        "route": route, "km": round(km, 3), "hold": held["hold"],
+                        "lease": held["lease"], "asked": [self.name]}, hold_id
+        reply = refusal(request["id"], "full")
+        if ring and time.monotonic() < end - STATION_WAIT:
+            reply = await asyncio.get_running_loop().run_in_executor(
+                self.walkers, self.walk_ring, request, end)
+        return reply | {"asked": [self.name, *reply["asked"]]}, ""
+
+    async def hold(self, name: str, hold_id: str, car: str, wait: float,
+                   latest: float) -> dict | None:
+        """Ask a station to keep a spot: its answer, or None if none came in time."""
+        station, loop = self.stations[name], asyncio.get_running_loop()
+        async with station.turns, self.turns:
+            if not station.may_have_a_spot(car) or time.monotonic() > latest:
+                return {"ok": False}        # things have changed while we stood in line
+            hold = self.holds[hold_id] = Hold(name, car, loop.create_future())
+            timer = loop.call_later(wait, hold.give_up)
+            self.send(f"stations/{name}/hold", {"id": hold_id, "car": car})
+            held = await hold.answer
+            timer.cancel()
+        drop_oldest(self.holds)
+        if held is None:
+            del self.holds[hold_id]         # from now on its yes is too late
+            station.silent_until = time.monotonic() + SILENT
+            self.tell(f"<- {name:<8} {short(hold_id)} no answer: counts as offline")
+        return held
+
+    def walk_ring(self, request: dict, end: float) -> dict:
+        """Ask the cloud, or without it the others in turn. In a thread of its own."""
+        request = request | {"broker": self.name}
+        enough = end - time.monotonic() > CLOUD_WAIT    # else a late yes would be lost
+        if enough and time.monotonic() >= self.cloud_silent_until:
+            self.tell(f"-> cloud    {request['id']} no spot here: who has one?")
+            reply = call(*self.city.cloud, request | {"op": "search"}, CLOUD_WAIT)
+            if is_reply(self.city, reply, request["id"]):
+                self.tell(f"<- cloud    {request['id']} {outcome(reply)}")
+                return reply
+            self.cloud_silent_until = time.monotonic() + SILENT
+            self.tell(f"<- cloud    {request['id']} no answer: left out for {SILENT} s")
+        return search(self.city, request, self.tell,
+                      min(ring.WALK, end - time.monotonic()))
+
+    # --- what the doors ask for
+
+    async def give_back(self, car: str) -> bool:
+        """Give the car's held spots back, if any. Waits until the stations agree."""
+        self.on_leave(car, b"")
+        held = [name for name, station in self.stations.items()
+                if station.state["cars"].get(car) == "held"]
+        for name in held:
+            self.stations[name].changed.clear()
+            self.send(f"stations/{name}/release", {"car": car})
+        for name in held:
+            agreed = spawn(self.stations[name].changed.wait())
+            await asyncio.wait([agreed], timeout=STATION_WAIT)
+            agreed.cancel()
+        return bool(held)
+
+    async def status(self) -> dict:
+        return {"broker": self.name, "cars": dict(self.cars),
+                "stations": {name: station.state | {"online": station.is_online()}
+                             for name, station in self.stations.items()},
+                "requests": dict(self.requests), "events": list(self.tell.events)}
 
 
-def readable_id(request: dict) -> str | None:
-    return request.get("id") if is_id(request.get("id")) else None
+def bad_request(broker: str, request: dict, fault: ValueError) -> dict:
+    request_id = request.get("id") if is_id(request.get("id")) else None
+    return refusal(request_id, f"bad request: {fault}", [broker])
 
 
-# ========================================================================================
-# 4. The doors: TCP for the cloud, HTTP for people
-# ========================================================================================
+def short(hold_id: str) -> str:
+    """The car's own id in that of a hold: it stands in every line about the car."""
+    return hold_id.split("@")[0]
+
+
+def drop_oldest(table: dict) -> None:
+    """A table that the network fills must not grow for ever."""
+    if len(table) > REMEMBERED:
+        del table[next(iter(table))]
+
+
+# ===== 4. The doors: TCP for the cloud, HTTP for people ===============================
 
 class Doors:
-    """What the threads of both doors do: check what they are asked, and ask the fog.
+    """What both doors do in their threads: check what is asked, and ask the fog.
 
-    They hand their question over to the loop, which owns the answer, and wait.
+    They hand each question over to the loop, which owns the answer, and wait.
     """
 
     def __init__(self, fog: Fog, loop: asyncio.AbstractEventLoop):
@@ -875,23 +859,23 @@ class Doors:
 
     def answer_line(self, line: bytes, is_gone: Callable) -> dict:
         """The answer to a line of TCP."""
-        refused = {}
+        request = {}
         try:
             request = read_request(line)
             if request.get("op") == "status":
                 return self.in_loop(self.fog.status())
             need(request.get("op") == "reserve", 'wanted: "op": "reserve" or "status"')
-            refused = refusal(readable_id(request), "bad request", [self.fog.name])
             check_request(self.fog.city, request)
         except ValueError as fault:
-            self.fog.tell(f"<- a question that makes no sense: {fault!s:.99}")
-            if refused:
-                refused["reason"] = f"bad request: {fault}"
-            return refused | {"error": str(fault)}
+            self.fog.tell(f"<- tcp      a question that makes no sense: {fault!s:.99}")
+            reply = {}
+            if request.get("op") == "reserve" and is_key(request.get("key")):
+                reply = bad_request(self.fog.name, request, fault)
+            return reply | {"error": str(fault)}
         return self.in_loop(self.reserve(request, is_gone))
 
     async def reserve(self, request: dict, is_gone: Callable) -> dict:
-        """One of our own spots for another broker's car, if somebody still wants it."""
+        """A spot of ours for another broker's car, if somebody still waits for it."""
         fog, end = self.fog, time.monotonic() + STATIONS_WAIT
         fog.tell(f"<- ring     {request['id']} asks for a spot for {request['car']}")
         reply, hold_id = await fog.find_spot(request, end, ring=False)
@@ -902,8 +886,9 @@ class Doors:
         return reply
 
     def routes(self, path: str) -> dict[str, Callable]:
-        """Who answers which method on this path; no entry: there is no such thing."""
-        match [urllib.parse.unquote(part, errors="surrogateescape") for part in path.split("?")[0].split("/")[1:]]:
+        """Who answers which method on this path; {}: there is no such thing."""
+        match [urllib.parse.unquote(part, errors="surrogateescape")
+               for part in path.partition("?")[0].split("/")[1:]]:
             case [""]:
                 return {"GET": lambda body: (200, PAGE)}
             case ["status"]:
@@ -920,29 +905,33 @@ class Doors:
     def get_city(self, body: bytes) -> tuple[int, dict]:
         city = self.fog.city
         found = call(*city.cloud, {"op": "city"}, CLOUD_WAIT)
-        alive = is_city(found)
-        return 200, {"cloud": alive, "map": {"places": city.places, "roads": city.roads},
-                     "brokers": found["brokers"] if alive else
-                     {self.fog.name: self.in_loop(self.fog.status())}}
+        brokers = (found or {}).get("brokers")
+        alive = isinstance(brokers, dict) and all(
+            status is None or isinstance(status, dict) and status.get("broker") == name
+            for name, status in brokers.items())
+        if not alive:
+            brokers = {self.fog.name: self.in_loop(self.fog.status())}
+        return 200, {"cloud": alive, "brokers": brokers,
+                     "map": {"places": city.places, "roads": city.roads}}
 
     def get_states(self, kind: str, name: list[str], body: bytes) -> tuple[int, dict]:
         states = self.in_loop(self.fog.status())[kind]
-        if not name:
-            return 200, states
-        if name[0] in states:
-            return 200, states[name[0]]
-        return 404, {"error": f"no {kind[:-1]} of that name here"}
+        if name and name[0] not in states:
+            return 404, {"error": f"no {kind[:-1]} of that name here"}
+        return 200, states[name[0]] if name else states
 
     def post_request(self, car: str, body: bytes) -> tuple[int, dict]:
         try:
-            request = {"id": f"http-{secrets.token_hex(8)}"} | read_object(body) | {"car": car}
+            request = {"id": f"http-{secrets.token_hex(8)}"} | read_object(body)
+            request["car"] = car
             check_request(self.fog.city, request)
         except ValueError as fault:
             return 400, {"error": str(fault)}
         reply = self.in_loop(self.wait_for_answer(request))
         if reply["station"]:
             return 200, reply
-        return 503 if reply["reason"] == "full" else 409, reply | {"error": reply["reason"]}
+        status = 503 if reply["reason"] == "full" else 409
+        return status, reply | {"error": reply["reason"]}
 
     async def wait_for_answer(self, request: dict) -> dict:
         return await self.fog.answer(request)
@@ -967,80 +956,203 @@ class Http(http.server.BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def do(self):
+        methods = self.server.answer(self.path)
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         if self.path != "/" and not is_key(key if scheme == "Bearer" else None):
-            return self.reply(401, {"error": "key"}, close=True)
-        methods = self.server.answer(self.path)
-        if not methods:
-            return self.reply(404, {"error": "no such page"}, close=True)
-        if self.command not in methods:
-            return self.reply(405, {"error": f"not with {self.command}"}, close=True)
-        if self.command == "POST" and (fault := self.body_fault()):
-            return self.reply(*fault, close=True)
-        length = int(self.headers["Content-Length"]) if self.command == "POST" else 0
-        self.reply(*methods[self.command](self.rfile.read(length)))
+            self.refuse(401, "key", {"WWW-Authenticate": "Bearer"})
+        elif not methods:
+            self.refuse(404, "there is no such thing")
+        elif self.command not in methods:
+            self.refuse(405, "not with this method", {"Allow": ", ".join(methods)})
+        elif self.command == "POST" and (fault := self.body_fault()):
+            self.refuse(*fault)
+        else:
+            has_body = self.command == "POST"
+            length = int(self.headers["Content-Length"]) if has_body else 0
+            self.reply(*methods[self.command](self.rfile.read(length)))
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = do_OPTIONS = do
 
-    def body_fault(self) -> tuple[int, dict] | None:
+    def body_fault(self) -> tuple[int, str] | None:
         """What is wrong with the body that the headers announce."""
         length = self.headers["Content-Length"]
         if self.headers.get_content_type() != "application/json":
-            return 415, {"error": "the body must be application/json"}
+            return 415, "the body must be application/json"
         if length is None or self.headers["Transfer-Encoding"]:
-            return 411, {"error": "Content-Length is missing"}
+            return 411, "Content-Length is missing"
         if not (length.isascii() and length.isdecimal()):
-            return 400, {"error": "Content-Length must be a number"}
+            return 400, "Content-Length must be a number"
         if len(length) > 9 or int(length) > LIMIT:
-            return 413, {"error": f"the body must be at most {LIMIT} bytes"}
+            return 413, f"the body must be at most {LIMIT} bytes"
         return None
 
-    def reply(self, status: int, answer, close: bool = False) -> None:
-        page = answer is PAGE
-        body = b"" if status == 204 else answer if page else json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/html; charset=utf-8" if page
-                         else "application/json")
-        if page:
-            self.send_header("Content-Security-Policy", PAGE_POLICY)
-        if status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if status == 405:
-            self.send_header("Allow", ", ".join(self.server.answer(self.path)))
+    def reply(self, status: int, answer, headers: dict = {}) -> None:
+        is_page = answer is PAGE
+        body = PAGE.encode() if is_page else json.dumps(answer).encode()
+        headers = {"Content-Type": "text/html; charset=utf-8" if is_page else
+                   "application/json", "Content-Length": len(body)} | headers
+        if status == 204:
+            headers, body = {}, b""
+        if is_page:
+            headers["Content-Security-Policy"] = PAGE_POLICY
         if status == 503:
-            self.send_header("Retry-After", str(RETRY))
-        if status != 204:
-            self.send_header("Content-Length", str(len(body)))
-        if close:
-            self.send_header("Connection", "close")     # we do not read the body
+            headers["Retry-After"] = RETRY
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def refuse(self, status: int, why: str, headers: dict = {}) -> None:
+        """Says no, and reads no further: what follows may be an unread body."""
+        self.reply(status, {"error": why}, headers | {"Connection": "close"})
+        self.connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # let it finish, or it may miss our answer
+            self.rfile.read(16 * LIMIT)
 
     def send_error(self, code, message=None, explain=None):
-        """What http.server itself finds wrong: the same form of answer."""
-        self.reply(code, {"error": message or http.HTTPStatus(code).phrase}, close=True)
+        """What http.server itself finds wrong, in the same form."""
+        self.close_connection = True
+        self.reply(code, {"error": message or http.HTTPStatus(code).phrase},
+                   {"Connection": "close"})
 
     def log_message(self, format, *args):
-        """The fog tells its story; a line for each picture of the page would drown it."""
+        """The fog tells its story; a line for each look of a page would drown it."""
 
 
-PAGE = b"""<!doctype html>
-"""
-PAGE_POLICY = "default-src 'none'"
+PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<title>Smart-charging city</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --own: gray; } .lost main { opacity: .4; }
+.b0 { --own: royalblue; } .b1 { --own: darkorange; } .b2 { --own: lightseagreen; }
+.b3 { --own: mediumorchid; } .b4 { --own: yellowgreen; } .b5 { --own: hotpink; }
+html { font: max(15px, 1.35vw)/1.35 system-ui, sans-serif; } h1, p { margin: .3em 0; }
+#news { border-left: .5em solid seagreen; padding-left: .5em; font-weight: bold; }
+.bad #news { border-color: crimson; } #story { font: .8em/1.5 monospace; margin: 1em; }
+@media (min-width: 900px) { main { display: grid; grid: auto / 8fr 5fr; gap: 1em; } }
+section { height: 40vh; overflow: auto; white-space: pre-wrap; word-break: break-word; }
+table { border-spacing: 0 .2em; } th, td { padding: 0 .6em; text-align: left; }
+td:first-child { border-left: .5em solid var(--own); min-width: 6em; }
+#map { width: 100%; height: min(68vh, 92vw); } svg svg { overflow: visible; }
+text { font-size: .8em; text-anchor: middle; dominant-baseline: central;
+  fill: CanvasText; stroke: Canvas; stroke-width: .2em; paint-order: stroke; }
+.name { text-anchor: start; translate: 1em; } g { transform-box: view-box; }
+line, circle { stroke: var(--own); stroke-width: .25em; r: .6em; fill: Canvas; }
+.land { r: 3.4em; fill: var(--own); stroke: none; opacity: .25; } .dead { opacity: .6; }
+.ring { fill: none; rotate: -90deg; stroke: seagreen; } .low { stroke: crimson; }
+rect { y: -1.9em; height: 1.1em; fill: Canvas; stroke: CanvasText; }
+.held { y: -1.3em; height: .5em; fill: gray; } .charging { fill: seagreen; }
+</style><h1>Smart-charging city</h1><p id="news" role="status">Asking ...</p><main><div>
+<svg id="map" role="img" aria-label="Map: see the table"><g id="town"/><g id="fleet"/>
+</svg><p>Spots: □ free, ▄ held, ■ charging. Cars, ringed by their battery: › driving,
+? asking, … waiting, » going to a spot, + charging, × offline</div><div><section
+tabindex="0"><table><thead><tr><th>Part<th>State<th>local / ring / refused<tbody
+id="facts"></table></section><section id="story" tabindex="0" aria-label="Last events">
+</section></div></main><script>"use strict";  // braces close at the end of a line
+const {news, town, fleet, facts, story} = window;  // the elements with these ids
+const SIGNS = {driving: "›", asking: "?", waiting: "…", going: "»", charging: "+"};
+const short = name => name.replace(/^(.{11})..+$/su, "$1…"), drawn = new Map();
+let at, lanes, rows;  // place -> [x, y]; roads, both ways: [from, to, km]; of the table
+function make(tag, attributes, ...children) {  // what comes from outside stays text
+  const space = /^t[rd]$/.test(tag) ? "1999/xhtml" : "2000/svg";
+  const node = document.createElementNS(`http://www.w3.org/${space}`, tag);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.append(...children); return node; }
+function layOut(places, roads) {  // the map fills its frame, however large or small
+  const [x, y] = [40, -36].map((percent, i) => {  // halves: 1e308 - -1e308 is infinite
+    const all = Object.values(places).map(place => place.at[i] / 2);
+    const low = Math.min(...all), high = Math.max(...all), span = high - low || 1;
+    return name => `${50 + percent * (places[name].at[i] - low - high) / span}%`; });
+  at = new Map(Object.keys(places).map(name => [name, [x(name), y(name)]]));
+  lanes = roads.flatMap(([a, b]) => [[a, b], [b, a]]).map(([a, b]) => [a, b,
+    Math.hypot(...[0, 1].map(i => places[a].at[i] - places[b].at[i]))]); }
+function way(from, to) {  // the shortest, by Bellman and Ford: a road more each round
+  const best = new Map([[from, [0]]]);
+  for (let i = 0; i < 8 && from !== to; i++) for (const [a, b, km] of lanes) {
+    const [sum, ...way] = best.get(a) ?? [Infinity], [old] = best.get(b) ?? [Infinity];
+    if (sum + km < old) best.set(b, [sum + km, ...way, b]); }
+  return (best.get(to) ?? []).slice(1, -1).map(place => at.get(place).join(" ")); }
+const road = (a, b, look, [x1, y1] = at.get(a), [x2, y2] = at.get(b)) =>
+  make("line", {x1, y1, x2, y2, class: look(a) === look(b) ? look(a) : ""});
+function site(name, {spots = 0, broker}, state, color) {  // over 12 spots: 12 cells
+  const busy = Object.values(state?.cars ?? {}).sort(), cells = Math.min(spots, 12);
+  const look = spots && !state?.online ? "dead" : color(broker), [x, y] = at.get(name);
+  const words = !spots ? short(broker) : !state ? "unknown" : !state.online ?
+    "no answer" : `${state.free}/${spots} free`, wide = Math.min(1.1, 6 / cells);
+  if (spots) rows.push([look, name, words]);
+  return make("svg", {x, y, class: look}, make("circle", {class: "land"}),
+    make("text", {y: spots ? "-3em" : "-1.2em"}, `${short(name)} ${words}`),
+    ...Array.from({length: cells}, (_, i) => make("rect", {width: `${wide}em`,
+      x: `${(i - cells / 2) * wide}em`, class: busy[i * spots / cells | 0] ?? ""}))); }
+function move(name, {at: place, battery, doing}, size, here) {  // a crowd has no names
+  const was = drawn.get(name) ?? {node: make("g"), place, here}, {node} = was;
+  const ring = {class: battery < 25 ? "ring low" : "ring", pathLength: 99};
+  node.replaceChildren(make("circle"), make("text", {}, SIGNS[doing] ?? "×"),
+    make("circle", {...ring, "stroke-dasharray": `${battery} 99`}),
+    make("text", {class: "name"}, size < 1 ? "" : short(name)));
+  Object.assign(node.style, {translate: here, fontSize: `${size}em`});
+  if (was.here !== here && !matchMedia("(prefers-reduced-motion)").matches)
+    node.animate({translate: [was.here, ...way(was.place, place), here]}, 1000);
+  rows.push(["", name, `${doing} at ${place}, ${Math.round(battery)} %`]);
+  drawn.set(name, {node, place, here}); return node; }
+function show({cloud, map: {places, roads}, brokers}) {  // -> the page's class, news
+  const up = Object.values(brokers).filter(Boolean), own = name => places[name].broker;
+  const all = [...new Set([...Object.keys(places).map(own), ...Object.keys(brokers)])];
+  const status = name => up.find(status => status.broker === name);
+  const look = name => status(name) ? `b${all.indexOf(name) % 6}` : "dead";
+  const [stations, cars] = ["stations", "cars"].map(kind => new Map(
+    up.flatMap(status => Object.entries(status[kind])).sort(([, a], [, b]) =>
+      (b.doing === "offline") - (a.doing === "offline"))));  // seen twice: it is alive
+  rows = [[cloud ? "" : "dead", "the cloud", cloud ? "answers" : "no answer"],
+    ...all.map(name => [look(name), name, status(name) ? "answers" : cloud ?
+      "no answer" : "unknown", Object.values(status(name)?.requests ?? {}).join(" / ")])];
+  layOut(places, roads); town.style.fontSize = `${Math.min(1, 7 / at.size ** .5)}em`;
+  town.replaceChildren(...roads.map(([a, b]) => road(a, b, name => look(own(name)))),
+    ...[...at.keys()].map(name => site(name, places[name], stations.get(name), look)));
+  const size = Math.min(1, Math.cbrt(40 / cars.size)), gap = size < 1 ? 1.5 : 4;
+  fleet.replaceChildren(...[...at].flatMap(([place, [x, y]]) => [...cars].filter(
+    ([, car]) => car.at === place).map(([name, car], k) => move(name, car, size,
+      `calc(${x} + ${(k / 12 | 0) * gap}em) calc(${y} + ${k % 12 * 1.4}em)`))));
+  facts.replaceChildren(...rows.map(([look, ...texts]) =>
+    make("tr", {class: look}, ...texts.map(text => make("td", {}, text)))));
+  story.textContent = up.flatMap(status => status.events).reverse().sort((a, b) =>
+    (b.slice(0, 2) - a.slice(0, 2) + 36) % 24 - 12 ||  // hours go round: 00 after 23
+    b.slice(2, 8).localeCompare(a.slice(2, 8))).join("\n");
+  const lost = rows.filter(row => row[2] === "no answer").map(row => row[1]).join(", ");
+  return lost ? ["bad", `No answer from ${lost}`] : ["", "All parts answer"]; }
+(async function tick() {
+  const key = unescape(location.hash.split("#key=")[1] ?? "");  // as bytes of UTF-8
+  const [mood, text] = await fetch("/city", {signal: AbortSignal.timeout(9500),
+    headers: key ? {Authorization: `Bearer ${key}`} : {}})
+    .then(answer => answer.status !== 401 ? answer.json().then(show)
+      : ["bad lost", "A key is needed: write #key=KEY behind this page's address"])
+    .catch(why => ["bad lost", `No answer from ${location.host}, retrying: ${why}`]);
+  if (news.textContent !== text) news.textContent = text;
+  document.body.className = mood; setTimeout(tick, 1000); })();</script>"""
 
 
-# ========================================================================================
-# 5. Starting and stopping
-# ========================================================================================
+def page_policy(page: str) -> str:
+    """Only the page's own script and style may run, and it may talk to us alone."""
+    def own(tag):
+        text = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+    return (f"default-src 'none'; script-src {own('script')}; style-src {own('style')};"
+            " connect-src 'self'; base-uri 'none'; form-action 'none';"
+            " frame-ancestors 'none'")
+
+
+PAGE_POLICY = page_policy(PAGE)
+
+
+# ===== 5. Starting and stopping =======================================================
 
 def mqtt_client(client_id: str) -> paho.Client:
     """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
     client.on_socket_open = lambda client, data, sock: sock.setsockopt(
-        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # or messages wait 40 ms for an ACK
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or messages wait 40 ms for an ACK
     client.connect_timeout = 3
-    client.max_inflight_messages_set(UNACKED)   # paho's 20 would make a rush hour queue
+    client.max_inflight_messages_set(UNACKED)       # paho's 20 would make a rush queue
     if KEY:
         client.username_pw_set(client_id, mqtt_password(client_id))
     return client
@@ -1049,15 +1161,14 @@ def mqtt_client(client_id: str) -> paho.Client:
 class Link:
     """A station's or car's connection: a paho client that lives in its owner's thread.
 
-    Each connection has a client of its own, so nothing unsent of the last one comes back
-    later. When it is lost, whatever method is at work raises ConnectionError.
+    Each connection has a client of its own, so that nothing unsent of the last one
+    comes back later. Once it is lost, whatever is at work raises ConnectionError.
     """
 
     def __init__(self, broker: ring.Broker, name: str, will_topic: str, will):
-        self.inbox, self.lost = collections.deque(), None
-        self.client = mqtt_client(name)
+        self.inbox, self.client = collections.deque(), mqtt_client(name)
         self.client.will_set(will_topic, json.dumps(will), qos=1, retain=True)
-        self.client.on_message = lambda client, data, message: self.inbox.append(message)
+        self.client.on_message = lambda _client, _data, news: self.inbox.append(news)
         try:
             self.client.connect(broker.host, broker.mqtt, keepalive=5)
         except OSError as fault:
@@ -1072,7 +1183,7 @@ class Link:
         """Let paho send and receive for a moment; what came in is in the inbox."""
         code = self.client.loop(seconds)
         if code != paho.MQTT_ERR_SUCCESS:
-            raise ConnectionError(f"connection lost: {paho.error_string(code)}")
+            raise ConnectionError(paho.error_string(code))
 
     def subscribe(self, *topics: str) -> None:
         self.client.subscribe([(topic, 1) for topic in topics])
@@ -1092,18 +1203,17 @@ class Link:
 class ExternalServer:
     """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho.
 
-    paho's thread hands what it hears over to the loop, and `publish` may be called from
-    there: the same two methods as MqttServer has, so the fog node notices no difference.
+    The same two methods as MqttServer has, so the fog node notices no difference:
+    paho's thread hands what it hears over to the loop, and may be told to publish.
     """
 
-    def __init__(self, broker: ring.Broker, loop, tell: Story):
-        self.callbacks, self.loop, self.tell = {}, loop, tell
+    def __init__(self, broker: ring.Broker, tell: Story):
+        self.callbacks, self.loop, self.tell = {}, asyncio.get_running_loop(), tell
         self.client = mqtt_client(broker.name)
         self.client.on_connect = self.on_connect
         self.client.on_disconnect = lambda *_: tell("<- mqtt     connection lost")
         self.client.reconnect_delay_set(0.5, 2)
         self.client.connect_async(broker.host, broker.mqtt, keepalive=5)
-        self.tell(f"-> mqtt     {broker.host}:{broker.mqtt} is somebody else's: connecting")
 
     def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
         self.callbacks[topic_filter] = callback
@@ -1111,36 +1221,36 @@ class ExternalServer:
             self.loop.call_soon_threadsafe(callback, message.topic, message.payload))
 
     def on_connect(self, client, data, flags, code, properties) -> None:
-        self.tell(f"<- mqtt     {code}")
+        self.tell(f"<- mqtt     connected to somebody else's server: {code}")
         client.subscribe([(topic_filter, 1) for topic_filter in self.callbacks])
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
         self.client.publish(topic, payload, qos, retain)
 
 
-async def serve(names: list[str], city: City, external: bool) -> None:
-    """These brokers, all in this one loop, until somebody ends it."""
-    loop, city_map = asyncio.get_running_loop(), Map(city)
-    loop.set_exception_handler(on_loop_fault)
-    for name in names:
-        broker, tell = city.ring.find(name), Story(name)
-        fog = Fog(name, city, city_map, tell)
-        doors = Doors(fog, loop)
-        tcp = Door(broker.host, broker.tcp, Lines, doors.answer_line, tell)
-        web = Door(broker.host, broker.http, Http, doors.routes, tell)
-        if external:
-            server = ExternalServer(broker, loop, tell)
-            fog.attach(server)
-            server.client.loop_start()      # paho's own thread reads and writes its socket
-        else:
-            server = MqttServer({b.name for b in city.ring}, tell)
-            fog.attach(server)
-            await listen(server, broker)
-        for door in tcp, web:               # a thread each waits for guests
-            threading.Thread(target=door.serve_forever, daemon=True).start()
-        tell(f"serves {', '.join(fog.stations) or 'no station'}: MQTT on {broker.mqtt}, "
-             f"http://{broker.host}:{broker.http}/, TCP on {broker.tcp}")
-    await asyncio.Event().wait()
+def spawn(coroutine) -> asyncio.Task:
+    """A task whose fault is not forgotten."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    TASKS.add(task)     # the loop itself keeps only a weak reference
+    task.add_done_callback(end_task)
+    return task
+
+
+def end_task(task: asyncio.Task) -> None:
+    TASKS.discard(task)
+    if not task.cancelled() and task.exception():
+        crash(task.exception())
+
+
+TASKS: set[asyncio.Task] = set()    # touched by the loop only
+
+
+def on_loop_fault(loop, context: dict) -> None:
+    """A fault in a callback of the loop is ours; a socket that fails is not."""
+    fault = context.get("exception")
+    if not isinstance(fault, OSError):
+        crash(fault or RuntimeError(context["message"]))
+    logging.info("%s: %s", context["message"], fault)
 
 
 async def listen(server: MqttServer, broker: ring.Broker) -> None:
@@ -1159,17 +1269,33 @@ async def watch(server: MqttServer) -> None:
             connection.close("was silent for too long")
 
 
-def on_loop_fault(loop, context: dict) -> None:
-    """An exception in a callback of the loop is a fault of ours; a lost socket is not."""
-    fault = context.get("exception")
-    if isinstance(fault, OSError):
-        return print(f"{context['message']}: {fault}", flush=True)
-    crash(fault or RuntimeError(context["message"]))
+async def serve(names: list[str], city: City, external: bool) -> None:
+    """These brokers, all in this one loop, until somebody ends it."""
+    loop, city_map = asyncio.get_running_loop(), Map(city)
+    loop.set_exception_handler(on_loop_fault)
+    for broker in [city.ring.find(name) for name in names]:
+        tell = Story(broker.name)
+        fog = Fog(broker.name, city, city_map, tell)
+        doors = Doors(fog, loop)
+        tcp = Door(broker.host, broker.tcp, Lines, doors.answer_line, tell)
+        web = Door(broker.host, broker.http, Http, doors.routes, tell)
+        server = (ExternalServer(broker, tell) if external else
+                  MqttServer({other.name for other in city.ring}, tell))
+        fog.attach(server)
+        if external:
+            server.client.loop_start()      # paho's thread: reads and writes its socket
+        else:
+            await listen(server, broker)
+        for door in tcp, web:               # a thread each: waits for guests
+            threading.Thread(target=door.serve_forever, daemon=True).start()
+        tell(f"serves {', '.join(fog.stations) or 'no station'}: MQTT on {broker.mqtt},"
+             f" TCP on {broker.tcp}, http://{broker.host}:{broker.http}/")
+    await asyncio.Event().wait()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Brokers: the fog of the charging city.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="a broker; default: all")
+    parser = argparse.ArgumentParser(description="Brokers: the fog of the city.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="brokers (all)")
     parser.add_argument("--external-mqtt", action="store_true",
                         help="use the MQTT server that listens there already")
     args, city = start_up(parser)
@@ -1178,7 +1304,8 @@ def main() -> None:
         if name not in known:
             give_up(f"{args.config}: there is no broker {name!a}")
     with until_stopped():
-        asyncio.run(serve(list(dict.fromkeys(args.names)) or known, city, args.external_mqtt))
+        names = list(dict.fromkeys(args.names)) or known
+        asyncio.run(serve(names, city, args.external_mqtt))
 
 
 if __name__ == "__main__":

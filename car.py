@@ -314,7 +314,7 @@ class Rush:
         self.ids = {f"{car}-{stamp % 10**9}": car for car in self.cars}
         self.since: dict[str, float] = {}       # request id: when it was sent
         self.replies: dict[str, dict] = {}      # request id: its first reply
-        self.times: dict[str, list] = collections.defaultdict(list)     # how they fared: s
+        self.times = collections.defaultdict(list)      # how they fared: [seconds]
         self.links: dict[str, Link] = {}        # by broker; brokers may share a server
 
     def run(self) -> int:
@@ -370,13 +370,14 @@ class Rush:
     def give_back(self) -> None:
         for request_id, reply in self.replies.items():
             if broker := reply["station"] and reply["broker"]:
-                self.links[broker].publish(
-                    f"{broker}/cars/{self.ids[request_id]}/leave/{reply['station']}", {})
+                car = f"{broker}/cars/{self.ids[request_id]}"
+                self.links[broker].publish(f"{car}/leave/{reply['station']}", {})
         for link in set(self.links.values()):
             link.close()
 
     def report(self, seconds: float) -> int:
-        promised = collections.Counter(reply["station"] for reply in self.replies.values())
+        replies = self.replies.values()
+        promised = collections.Counter(reply["station"] for reply in replies)
         over = sum(max(0, promised[station] - self.city.places[station]["spots"])
                    for station in self.city.stations())
         never, twice = len(self.ids) - len(self.replies), len(self.times["twice"])

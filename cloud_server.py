@@ -167,7 +167,7 @@ def listening(host: str, port: int, tell: Story):
         yield family, address[:2]
     except OSError as fault:
         give_up(f"cannot listen on {host} port {port}: {fault.strerror}. End what "
-                "uses it (this part, started twice?), or edit host or port in servers.json")
+                "uses it (is this part running already?), or edit servers.json")
 
 
 def has_room(connection: socket.socket) -> bool:

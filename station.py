@@ -98,7 +98,7 @@ class Station:
         """Read our own retained state back; what else comes meanwhile waits its turn.
 
         There may be none, and nothing would tell. So we say something to ourselves
-        after subscribing: when that arrives, the retained state has come, or never will.
+        after subscribing: when that arrives, the state has come, or never will.
         """
         self.link.subscribe(f"{self.topic}/state", f"{self.topic}/online")
         self.link.publish(f"{self.topic}/online", False)
@@ -170,8 +170,8 @@ class Station:
     def release(self, fields: dict) -> None:
         """Undo a hold, by its id or by its car; a car that charges stays."""
         for car, spot in list(self.cars.items()):
-            asked = car == fields.get("car") or spot.hold_id == (fields.get("id") or None)
-            if spot.use == "held" and asked:
+            same_hold = spot.hold_id and spot.hold_id == fields.get("id")
+            if spot.use == "held" and (same_hold or car == fields.get("car")):
                 self.free(car, "released")
 
     def plug(self, car: str) -> None:
