@@ -1303,9 +1303,10 @@ def main() -> None:
     for name in args.names:
         if name not in known:
             give_up(f"{args.config}: there is no broker {name!a}")
-    with until_stopped():
-        names = list(dict.fromkeys(args.names)) or known
-        asyncio.run(serve(names, city, args.external_mqtt))
+    names = list(dict.fromkeys(args.names)) or known
+    with until_stopped():   # asyncio.run would cancel what the doors' threads wait for
+        asyncio.new_event_loop().run_until_complete(
+            serve(names, city, args.external_mqtt))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Car:
                  charges: float):
         self.name, self.city, self.speed, self.charges = name, city, speed, charges
         self.at, self.came_from = at, at    # the place it last passed, the one before
-        self.offset = 0.0                       # km driven since `at`
+        self.ahead, self.offset = at, 0.0       # where to, and km driven since `at`
         self.behind = 0.0                       # km to drive back to `at` first
         self.battery = battery                  # %
         self.doing = "driving"
@@ -219,6 +219,11 @@ class Car:
             self.accept(reply)
             return "going"
         self.retry = STRANDED if reply.get("retry") is None else reply["retry"]
+        if self.offset and reply.get("retry") is None:
+            self.tell(f"<- {self.broker.name:<8} {self.request_id} {reply['reason']}: "
+                      f"drives on to {self.ahead} to ask there")
+            self.travel(self.ahead)
+            return "asking"
         self.tell(f"<- {self.broker.name:<8} {self.request_id} {reply['reason']}: "
                   f"waits {self.retry:g} s")
         return "waiting"
@@ -285,7 +290,7 @@ class Car:
 
     def travel(self, place: str, low: float = 0) -> None:
         """Along the road to a place, or until the battery is below `low`."""
-        length = self.city.km(self.at, place)
+        length, self.ahead = self.city.km(self.at, place), place
         while self.offset < length and self.battery >= low:
             self.offset += self.burn(length - self.offset)
         if self.offset >= length:
