@@ -957,7 +957,8 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def do(self):
         methods = self.server.answer(self.path)
-        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        said = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        scheme, _, key = said.decode(errors="replace").partition(" ")
         if self.path != "/" and not is_key(key if scheme == "Bearer" else None):
             self.refuse(401, "key", {"WWW-Authenticate": "Bearer"})
         elif not methods:
@@ -989,8 +990,9 @@ class Http(http.server.BaseHTTPRequestHandler):
     def reply(self, status: int, answer, headers: dict = {}) -> None:
         is_page = answer is PAGE
         body = PAGE.encode() if is_page else json.dumps(answer).encode()
-        headers = {"Content-Type": "text/html; charset=utf-8" if is_page else
-                   "application/json", "Content-Length": len(body)} | headers
+        kind = "text/html; charset=utf-8" if is_page else "application/json"
+        headers = {"Content-Type": kind, "Content-Length": len(body),
+                   "Cache-Control": "no-store"} | headers
         if status == 204:
             headers, body = {}, b""
         if is_page:
@@ -1086,9 +1088,9 @@ function site(name, {spots = 0, broker}, state, color) {  // over 12 spots: 12 c
       x: `${(i - cells / 2) * wide}em`, class: busy[i * spots / cells | 0] ?? ""}))); }
 function move(name, {at: place, battery, doing}, size, here) {  // a crowd has no names
   const was = drawn.get(name) ?? {node: make("g"), place, here}, {node} = was;
-  const ring = {class: battery < 25 ? "ring low" : "ring", pathLength: 99};
+  const ring = {class: battery < 25 ? "ring low" : "ring", pathLength: 100};
   node.replaceChildren(make("circle"), make("text", {}, SIGNS[doing] ?? "×"),
-    make("circle", {...ring, "stroke-dasharray": `${battery} 99`}),
+    make("circle", {...ring, "stroke-dasharray": `${battery} 100`}),
     make("text", {class: "name"}, size < 1 ? "" : short(name)));
   Object.assign(node.style, {translate: here, fontSize: `${size}em`});
   if (was.here !== here && !matchMedia("(prefers-reduced-motion)").matches)
@@ -1104,8 +1106,8 @@ function show({cloud, map: {places, roads}, brokers}) {  // -> the page's class,
     up.flatMap(status => Object.entries(status[kind])).sort(([, a], [, b]) =>
       (b.doing === "offline") - (a.doing === "offline"))));  // seen twice: it is alive
   rows = [[cloud ? "" : "dead", "the cloud", cloud ? "answers" : "no answer"],
-    ...all.map(name => [look(name), name, status(name) ? "answers" : cloud ?
-      "no answer" : "unknown", Object.values(status(name)?.requests ?? {}).join(" / ")])];
+    ...all.map(name => [look(name), name, status(name) ? "answers" : cloud ? "no answer"
+      : "unknown", Object.values(status(name)?.requests ?? {}).join(" / ")])];
   layOut(places, roads); town.style.fontSize = `${Math.min(1, 7 / at.size ** .5)}em`;
   town.replaceChildren(...roads.map(([a, b]) => road(a, b, name => look(own(name)))),
     ...[...at.keys()].map(name => site(name, places[name], stations.get(name), look)));
