@@ -410,7 +410,7 @@ def rush_hour(city: City, count: int, seed: int) -> None:
             sys.exit(f"rush hour needs the whole city: {fault}")
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="cars (car1)")
     parser.add_argument("--at", metavar="PLACE", help="where they start (first place)")
@@ -423,6 +423,11 @@ def main() -> None:
     parser.add_argument("--rush", metavar="N", type=int, help="N cars that ask at once")
     parser.add_argument("--seed", metavar="N", type=int, default=1,
                         help="of the places in the rush (1)")
+    return parser
+
+
+def main() -> None:
+    parser = command_line()
     args, city = start_up(parser)
     at = args.at or next(iter(city.places))
     names = list(dict.fromkeys(args.names or ["car1"]))

@@ -393,6 +393,10 @@ class Demo:
         self.parts.append(part)
         threading.Thread(target=self.listen, args=[part.stdout], daemon=True).start()
 
+    def start_car(self, name: str, at: str, battery: str) -> None:
+        self.start("car.py", name, "--at", at, "--battery", battery, "--speed", "4",
+                   "--charges", "1")
+
     def listen(self, output) -> None:
         for line in output:
             self.lines.put(line.rstrip())
@@ -452,29 +456,23 @@ def small_city(city: City) -> dict:
 def tell_story(demo: Demo, city: City) -> None:
     """The three cases. Raises TimeoutError if one of them does not happen."""
     near, full, free = [broker.name for broker in city.ring][:3]
+    spot, taken, last = (city.stations(broker)[0] for broker in (near, full, free))
     home, other = (next(name for name, place in city.places.items()
                         if place["broker"] == broker) for broker in (near, full))
-    spot, taken, last = (city.stations(broker)[0] for broker in (near, full, free))
-
-    def car(name, at, battery):
-        demo.start("car.py", name, "--at", at, "--battery", battery, "--speed", "4",
-                   "--charges", "1")
-
     logging.info("=== A cloud, a ring of brokers, and three stations of one spot each")
     for script in "cloud_server.py", "broker.py", "station.py":
         demo.start(script)
-    demo.until(*(f"{broker} .* {re.escape(station)} .* is online" for broker, station
-                 in ((near, spot), (full, taken), (free, last))))
+    demo.until(*(f"<- {station} .* is online" for station in (spot, taken, last)))
     logging.info("=== Case 1: car1 asks %s, which has a free spot", near)
-    car("car1", home, "5")
+    demo.start_car("car1", home, "5")
     demo.until(f"car1 .* charging at {spot}")
     logging.info("=== Case 2: %s is full, and soon %s; car3 asks there", near, full)
-    car("car2", other, "5")
+    demo.start_car("car2", other, "5")
     demo.until(f"car2 .* charging at {taken}")
-    car("car3", home, "24")
+    demo.start_car("car3", home, "24")
     demo.until(f"{near} .* -> cloud .* car3-", f"car3 .* charging at {last}")
     logging.info("=== Case 3: no spot is free anywhere: car4 waits until car1 leaves")
-    car("car4", home, "5")
+    demo.start_car("car4", home, "5")
     demo.until("car4 .* waits")
     demo.until(f"car1 .* leaves {spot}")
     demo.until(f"car4 .* charging at {spot}")
