@@ -702,9 +702,9 @@ class Fog:
         need(state.get("station") == name, "not a station's own state")
         need(type(spots) is int and 1 <= spots <= 1000, "spots?")
         need(type(free) is int and 0 <= free <= spots, "free?")
-        need(isinstance(cars, dict) and len(cars) <= spots and all(
-            is_name(car) and use in ("held", "charging") for car, use in cars.items()),
-            "cars?")
+        need(isinstance(cars, dict) and len(cars) <= spots
+             and all(use in ("held", "charging") for use in cars.values())
+             and all(map(is_name, cars.keys() - station.state["cars"].keys())), "cars?")
         station.state = {"station": name, "spots": spots, "free": free, "cars": cars}
         station.changed.set()
 
