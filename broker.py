@@ -275,7 +275,7 @@ class Connection(asyncio.Protocol):
             self.close("turned away: too many open connections")
 
     def connection_lost(self, error) -> None:
-        self.close(f"vanished {error or ''}")
+        self.close(f"vanished: {error}" if error else "vanished")
 
     def data_received(self, data: bytes) -> None:
         """Cut whole packets off what has come: a read may bring half a one, or many."""
@@ -1160,6 +1160,11 @@ def mqtt_client(client_id: str) -> paho.Client:
     return client
 
 
+def encode_json(value) -> bytes:
+    """A payload; None is an empty one, which takes a retained message away."""
+    return b"" if value is None else json.dumps(value).encode()
+
+
 class Link:
     """A station's or car's connection: a paho client that lives in its owner's thread.
 
@@ -1169,30 +1174,31 @@ class Link:
 
     def __init__(self, broker: ring.Broker, name: str, will_topic: str, will):
         self.inbox, self.client = collections.deque(), mqtt_client(name)
-        self.client.will_set(will_topic, json.dumps(will), qos=1, retain=True)
+        self.client.will_set(will_topic, encode_json(will), qos=1, retain=True)
         self.client.on_message = lambda _client, _data, news: self.inbox.append(news)
         try:
             self.client.connect(broker.host, broker.mqtt, keepalive=5)
         except OSError as fault:
-            raise ConnectionError(f"{broker.name} does not answer: {fault}") from None
+            raise ConnectionError(f"does not answer ({fault})") from None
         end = time.monotonic() + 3
         while not self.client.is_connected():
             self.turn(0.1)
             if time.monotonic() > end:
-                raise ConnectionError(f"{broker.name} does not answer")
+                raise ConnectionError("does not answer")
 
     def turn(self, seconds: float) -> None:
         """Let paho send and receive for a moment; what came in is in the inbox."""
         code = self.client.loop(seconds)
+        if code == paho.MQTT_ERR_CONN_REFUSED:
+            raise ConnectionError("refuses us: is EV_KEY the same on both sides?")
         if code != paho.MQTT_ERR_SUCCESS:
-            raise ConnectionError(paho.error_string(code))
+            raise ConnectionError("has hung up")
 
     def subscribe(self, *topics: str) -> None:
         self.client.subscribe([(topic, 1) for topic in topics])
 
     def publish(self, topic: str, value, qos: int = 1, retain: bool = False) -> None:
-        payload = b"" if value is None else json.dumps(value)
-        self.last = self.client.publish(topic, payload, qos, retain)
+        self.last = self.client.publish(topic, encode_json(value), qos, retain)
 
     def close(self) -> None:
         """Say goodbye, when what was published before has arrived."""

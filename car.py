@@ -113,7 +113,8 @@ class Car:
         self.link.subscribe(self.topic("reply"))
         self.watch_station()
         self.publish_state()
-        self.tell(f"-> {self.broker.name:<8} connected, at {self.at}")
+        whose = "" if self.broker is self.home() else f", not {self.home().name}"
+        self.tell(f"-> {self.broker.name:<8} connected at {self.at}{whose}")
 
     def watch_station(self) -> None:
         if self.offer and self.offer["broker"] == self.broker.name:
@@ -133,7 +134,6 @@ class Car:
         self.broker = self.broker.next
         if self.doing != "driving":
             self.offer, self.doing = None, "asking"
-        self.tell(f"-> {self.broker.name:<8} is next in the ring: turns to it")
 
     def state(self, doing: str) -> dict:
         return {"car": self.name, "at": self.at, "battery": round(self.battery, 1),
@@ -354,6 +354,8 @@ class Rush:
 
     def listen(self, seconds: float) -> None:
         links = {link.client.socket(): link for link in self.links.values()}
+        if None in links:
+            raise ConnectionError("a broker has hung up")
         for ready in select.select(list(links), [], [], seconds)[0]:
             links[ready].turn(0)
             while links[ready].inbox:

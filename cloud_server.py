@@ -325,14 +325,18 @@ def outcome(reply: dict | None) -> str:
 
 # --- The cloud ------------------------------------------------------------------------
 
-def search(city: City, request: dict, tell: Story, seconds: float = WALK) -> dict:
+def search(city: City, request: dict, tell: Story, seconds: float = WALK,
+           is_gone=lambda: False) -> dict:
     """Walk the ring for a car, from the broker after its own: an offer or a refusal.
 
-    A broker that has no good answer in time is skipped, but stands in `asked`.
+    A broker that has no good answer in time is skipped, but stands in `asked`. Nobody
+    is asked any more once the asker `is_gone`: nobody would take the spot.
     """
     question = {key: request[key] for key in ("id", "car", "at", "range")}
 
     def ask(broker, patience):
+        if is_gone():
+            return None
         tell(f"-> {broker.name:<8} {request['id']} a spot for {request['car']}?")
         reply = call(broker.host, broker.tcp, question | {"op": "reserve"}, patience)
         reply = reply if is_reply(city, reply, request["id"]) else None
@@ -368,7 +372,7 @@ def answer(city: City, tell: Story, line: bytes, is_gone) -> dict:
         tell(f"<- a question that makes no sense: {fault!s:.99}")
         return {"error": str(fault)}
     tell(f"<- {request['broker']:<8} {request['id']} wants a spot near {request['at']}")
-    reply = search(city, request, tell)
+    reply = search(city, request, tell, is_gone=is_gone)
     tell(f"-> {request['broker']:<8} {request['id']} {outcome(reply)}")
     return reply
 

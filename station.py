@@ -42,7 +42,7 @@ class Spot:
 
     def request(self) -> str:
         """The car's request behind it, as it stands in every log."""
-        return self.hold_id.split("@")[0]
+        return self.hold_id.split("@")[0] or "-"
 
 
 class Station:
