@@ -90,9 +90,10 @@ class Car:
                 self.say_goodbye()
             except ConnectionError as fault:
                 failures += 1
-                if str(fault) not in told:      # each new trouble once
-                    self.tell(f"-> {self.broker.name:<8} {fault}")
-                told.add(str(fault))
+                trouble = f"-> {self.broker.name:<8} {fault}"
+                if trouble not in told:     # each new one once
+                    self.tell(trouble)
+                told.add(trouble)
                 if failures > 1:
                     self.turn_to_next()
                 self.stopping.wait(RETRY)
