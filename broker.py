@@ -1188,17 +1188,20 @@ class Link:
 
     def turn(self, seconds: float) -> None:
         """Let paho send and receive for a moment; what came in is in the inbox."""
-        code = self.client.loop(seconds)
+        self.check(self.client.loop(seconds))
+
+    def check(self, code: int) -> None:
         if code == paho.MQTT_ERR_CONN_REFUSED:
             raise ConnectionError("refuses us: is EV_KEY the same on both sides?")
         if code != paho.MQTT_ERR_SUCCESS:
             raise ConnectionError("has hung up")
 
     def subscribe(self, *topics: str) -> None:
-        self.client.subscribe([(topic, 1) for topic in topics])
+        self.check(self.client.subscribe([(topic, 1) for topic in topics])[0])
 
     def publish(self, topic: str, value, qos: int = 1, retain: bool = False) -> None:
         self.last = self.client.publish(topic, encode_json(value), qos, retain)
+        self.check(self.last.rc)
 
     def close(self) -> None:
         """Say goodbye, when what was published before has arrived."""

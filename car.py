@@ -26,6 +26,7 @@ Left out on purpose: traffic, hills, and choosing a spot by anything but its dis
 
 import argparse
 import collections
+import contextlib
 import itertools
 import logging
 import math
@@ -83,10 +84,9 @@ class Car:
             try:
                 self.connect()
                 told, failures = set(), 0
-                while self.charges:
-                    self.become(self.LIFE[self.doing](self))
-                self.say_goodbye()
-            except Stop:
+                with contextlib.suppress(Stop):
+                    while self.charges:
+                        self.become(self.LIFE[self.doing](self))
                 self.say_goodbye()
             except ConnectionError as fault:
                 failures += 1
