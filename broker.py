@@ -157,9 +157,6 @@ class Packet:
         require(pattern.fullmatch(text), "no good topic, or topic filter")
         return text
 
-    def is_empty(self) -> bool:
-        return self.at == len(self.data)
-
 
 class Message(NamedTuple):
     """An application message on its way from a publisher to a subscriber."""
@@ -246,9 +243,9 @@ class Session:
         """Send a PUBLISH, or its PUBREL; if again, then with DUP. [MQTT-3.3.1-1]"""
         if self.connection:
             packet = self.unacked[packet_id]
-            self.connection.send(packet)
             if packet[0] >> 4 == PUBLISH:
                 self.unacked[packet_id] = bytes([packet[0] | 8]) + packet[1:]
+            self.connection.send(packet)
 
     def keep_bounds(self) -> None:
         if self.connection and len(self.unacked) > UNACKED:
@@ -314,7 +311,7 @@ class Connection(asyncio.Protocol):
                        ) if will else None
         user = packet.text() if user else ""
         password = packet.take(packet.number()) if password else b""
-        require(packet.is_empty(), "bytes left over")
+        require(packet.at == len(packet.data), "bytes left over")
         if not client_id and not clean:
             return self.refuse(2, "no client id for its session")   # [MQTT-3.1.3-8]
         if not may_connect(client_id, user, password):
@@ -368,7 +365,7 @@ class Connection(asyncio.Protocol):
 
     def do_subscribe(self, packet: Packet) -> None:
         packet_id, wanted = packet.packet_id(), []
-        while not wanted or not packet.is_empty():      # at least one [MQTT-3.8.3-3]
+        while not wanted or packet.at < len(packet.data):       # [MQTT-3.8.3-3]
             wanted.append((packet.text(FILTER), packet.take(1)[0]))
         require(all(qos < 3 for _, qos in wanted), "impossible QoS")    # [MQTT-3-8.3-4]
         filters = self.session.filters
@@ -382,7 +379,7 @@ class Connection(asyncio.Protocol):
 
     def do_unsubscribe(self, packet: Packet) -> None:
         packet_id, filters = packet.packet_id(), set()
-        while not filters or not packet.is_empty():     # at least one [MQTT-3.10.3-2]
+        while not filters or packet.at < len(packet.data):      # [MQTT-3.10.3-2]
             filters.add(packet.text(FILTER))
         for topic_filter in filters & self.session.filters:
             self.session.filters.discard(topic_filter)
@@ -440,11 +437,10 @@ class MqttServer:
         self.retained, self.retained_bytes = collections.OrderedDict(), 0
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
-        session = self.sessions.get(client_id)
-        if session and session.connection:
-            session.connection.close("was taken over")      # [MQTT-3.1.4-2]
+        if (old := self.sessions.get(client_id)) and old.connection:
+            old.connection.close("was taken over")          # [MQTT-3.1.4-2]
         if clean and client_id in self.sessions:
-            self.drop(session)                              # [MQTT-3.1.2-6]
+            self.drop(old)                                  # [MQTT-3.1.2-6]
         present = client_id in self.sessions
         session = self.sessions.setdefault(client_id, Session(client_id, clean))
         self.absent.pop(client_id, None)
@@ -462,10 +458,9 @@ class MqttServer:
             session.connection = None
             self.absent[session.client_id] = session
             session.keep_bounds()
-            if session.clean:
-                self.drop(session)
-            elif len(self.absent) > ABSENT:
-                self.drop(next(iter(self.absent.values())))
+            oldest = next(iter(self.absent.values()))
+            if session.clean or len(self.absent) > ABSENT:
+                self.drop(session if session.clean else oldest)
         if connection.will:
             self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
@@ -480,9 +475,8 @@ class MqttServer:
 
     def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
         """To a new subscription, with the retain flag on. [MQTT-3.3.1-6], 8"""
-        tree = TopicTree()
+        tree, wild = TopicTree(), {"+", "#"} & set(topic_filter)
         tree.add(topic_filter, session, qos)
-        wild = "+" in topic_filter or "#" in topic_filter
         for topic in list(self.retained) if wild else [topic_filter]:
             if topic in self.retained and tree.match(topic):
                 session.deliver(self.retained[topic], qos)
