@@ -57,8 +57,8 @@ from paho.mqtt import client as paho
 import ring
 from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story,
                           call, check_request, crash, give_up, has_room, is_id, is_key,
-                          is_reply, listening, mqtt_password, outcome, read_request,
-                          refusal, search, start_up, until_stopped)
+                          listening, mqtt_password, outcome, read_reply, read_request,
+                          refusal, resolve, search, start_up, until_stopped)
 from ring import City, is_name, is_number, need, read_json, read_object
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
@@ -66,7 +66,10 @@ SLOW = 1024 * 1024          # bytes that may wait for a subscriber that does not
 UNACKED = 10_000            # messages on their way to one connected client, or from it
 KEPT, KEPT_BYTES = 1_000, 512 * 1024    # messages kept for an absent client
 ABSENT = 1_000              # sessions of absent clients
-RETAINED_BYTES = 64 * 1024 * 1024   # payloads of all retained messages together
+RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together, with topics
+OVERHEAD = 500              # bytes that Python needs to keep a message
+UNACKED_BYTES = 16 * 1024 * 1024    # of what a connected client has not acknowledged
+TURN = 0.02                 # s for one client's packets, while others wait
 NODES = 50_000              # levels of all filters of a client: each may cost a node
 
 STATION_WAIT = 0.5          # s a station has to answer a hold
@@ -248,7 +251,8 @@ class Session:
             self.connection.send(packet)
 
     def keep_bounds(self) -> None:
-        if self.connection and len(self.unacked) > UNACKED:
+        if self.connection and (len(self.unacked) > UNACKED
+                                or self.kept_bytes > UNACKED_BYTES):
             self.connection.close("acknowledges nothing")
         while not self.connection and (len(self.unacked) > KEPT
                                        or self.kept_bytes > KEPT_BYTES):
@@ -275,11 +279,15 @@ class Connection(asyncio.Protocol):
         self.close(f"vanished: {error}" if error else "vanished")
 
     def data_received(self, data: bytes) -> None:
-        """Cut whole packets off what has come: a read may bring half a one, or many."""
-        buffer, at = self.buffer, 0
-        buffer += data
+        self.buffer += data
+        self.take_turn()
+
+    def take_turn(self) -> None:
+        """Cut whole packets off what has come: it may hold half a one, or very many."""
+        buffer, at, body, end = self.buffer, 0, None, time.monotonic() + TURN
         try:
-            while not self.closed and (body := find_body(buffer, at)):
+            while (not self.closed and (body := find_body(buffer, at))
+                   and time.monotonic() < end):
                 self.handle(Packet(buffer[at], bytes(buffer[body])))
                 at = body.stop
         except ProtocolError as fault:
@@ -287,6 +295,11 @@ class Connection(asyncio.Protocol):
         if at:
             del buffer[:at]
             self.deadline = time.monotonic() + self.patience        # [MQTT-3.1.2-24]
+        if body and not self.closed:    # there is more, but it is the others' turn
+            self.transport.pause_reading()
+            self.server.loop.call_soon(self.take_turn)
+        elif not self.closed:
+            self.transport.resume_reading()
 
     def handle(self, packet: Packet) -> None:
         require((packet.kind == CONNECT) != bool(self.session),     # [MQTT-3.1.0-1], 2
@@ -357,9 +370,11 @@ class Connection(asyncio.Protocol):
             require(kind == expected, "the wrong acknowledgement")
             self.session.kept_bytes -= len(sent)
         if kind == PUBREC:                              # [MQTT-4.3.3-1]
-            unacked[packet_id] = encode(PUBREL, pack(packet_id), flags=2)
-            self.session.kept_bytes += len(unacked[packet_id])
-            self.session.send(packet_id)
+            pubrel = encode(PUBREL, pack(packet_id), flags=2)
+            self.send(pubrel)
+            if sent:        # of an identifier we did not use we remember nothing
+                unacked[packet_id] = pubrel
+                self.session.kept_bytes += len(pubrel)
         else:
             unacked.pop(packet_id, None)
 
@@ -369,7 +384,8 @@ class Connection(asyncio.Protocol):
             wanted.append((packet.text(FILTER), packet.take(1)[0]))
         require(all(qos < 3 for _, qos in wanted), "impossible QoS")    # [MQTT-3-8.3-4]
         filters = self.session.filters
-        room = sum(known.count("/") + 1 for known in filters) < NODES
+        room = NODES > sum(known.count("/") + 1
+                           for known in filters.union(name for name, _ in wanted))
         self.send(encode(SUBACK, pack(packet_id),                   # [MQTT-3.8.4-5]
                          bytes(qos if room else 0x80 for _, qos in wanted)))
         for topic_filter, qos in wanted if room else ():
@@ -434,7 +450,8 @@ class MqttServer:
         self.sessions: dict[str, Session] = {}
         self.absent: dict[str, Session] = {}    # who is longest away stands first
         self.tree = TopicTree()
-        self.retained, self.retained_bytes = collections.OrderedDict(), 0
+        self.retained, self.retained_bytes = {}, 0
+        self.wills, self.publishing_will = collections.deque(), False
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         if (old := self.sessions.get(client_id)) and old.connection:
@@ -462,7 +479,11 @@ class MqttServer:
             if session.clean or len(self.absent) > ABSENT:
                 self.drop(session if session.clean else oldest)
         if connection.will:
-            self.publish(*connection.will)                  # [MQTT-3.1.2-8]
+            self.wills.append(connection.will)              # [MQTT-3.1.2-8]
+        while self.wills and not self.publishing_will:  # a will may end its readers:
+            self.publishing_will = True                 # theirs come after it, not in it
+            self.publish(*self.wills.popleft())
+            self.publishing_will = False
 
     def drop(self, session: Session) -> None:
         for topic_filter in session.filters:
@@ -485,14 +506,19 @@ class MqttServer:
         """To all subscribers; if `retain`, to later ones too, unless it is empty."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
-            old = self.retained.pop(topic, None)    # replaced or deleted [MQTT-3.3.1-5]
-            self.retained_bytes += len(payload) - (len(old.payload) if old else 0)
-            if payload:
-                self.retained[topic] = message._replace(retain=True)
-        while self.retained_bytes > RETAINED_BYTES:     # the oldest goes first
-            self.retained_bytes -= len(self.retained.popitem(last=False)[1].payload)
+            self.forget(topic)                      # replaced or deleted [MQTT-3.3.1-5]
+        if retain and payload:
+            self.retained[topic] = message._replace(retain=True)
+            self.retained_bytes += len(topic) + len(payload) + OVERHEAD
+        while self.retained_bytes > RETAINED_BYTES:     # what is not the city's first
+            self.forget(next((other for other in self.retained if
+                              other.partition("/")[0] not in self.brokers), topic))
         for subscriber, granted in self.tree.match(topic).items():
             subscriber.deliver(message, granted)
+
+    def forget(self, topic: str) -> None:
+        if old := self.retained.pop(topic, None):
+            self.retained_bytes -= len(topic) + len(old.payload) + OVERHEAD
 
 
 # ===== 3. The fog node: what is near, free and alive ==================================
@@ -682,7 +708,7 @@ class Fog:
         need(held.get("ok") is False or held.get("ok") is True and all(
             is_number(held.get(key), 1e-3, 1e6) for key in ("hold", "lease")), "ok?")
         hold = self.holds.get(held["id"])
-        if hold:
+        if hold and not (hold.answer.done() and hold.answer.result() is None):
             need((hold.station, hold.car) == (name, held.get("car")), "not asked for")
             if not hold.answer.done():      # else the same yes has come twice
                 hold.answer.set_result(held)
@@ -729,11 +755,22 @@ class Fog:
                   f"(range {request['range']:g} km)")
         if former and not former.done():
             await asyncio.wait([former], timeout=REQUEST_WAIT - STATIONS_WAIT)
-        reply, _ = await self.find_spot(request, end)
+        finding = spawn(self.find_spot(request, end))
+        await asyncio.wait([finding], timeout=end - time.monotonic())
+        if finding.done():
+            reply, _ = finding.result()
+        else:       # the car is told in time; what is still found is given back
+            finding.add_done_callback(self.undo)
+            reply = refusal(request_id, "full", [self.name])
         where = "local" if reply.get("broker") == self.name else "ring"
         self.requests[where if reply["station"] else "refused"] += 1
         self.tell(f"-> {car:<8} {request_id} {outcome(reply)}")
         return reply
+
+    def undo(self, finding: asyncio.Task) -> None:
+        reply, hold_id = finding.result()
+        if hold_id:
+            self.send(f"stations/{reply['station']}/release", {"id": hold_id})
 
     async def find_spot(self, request: dict, end: float, ring=True) -> tuple[dict, str]:
         """The nearest free spot: of our own stations; else, if `ring`, round the ring.
@@ -746,12 +783,13 @@ class Fog:
             return refusal(request["id"], "out of range", [self.name]), ""
         patience = STATIONS_WAIT
         for name, km, route in near:
-            if patience <= 0 or not (name in self.stations and self.stations[
+            if time.monotonic() > end - STATION_WAIT:
+                break
+            if patience < STATION_WAIT or not (name in self.stations and self.stations[
                     name].may_have_a_spot(request["car"])):
                 continue
             hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
-            held = await self.hold(name, hold_id, request["car"],
-                                   min(STATION_WAIT, patience), end - STATION_WAIT)
+            held = await self.hold(name, hold_id, request["car"], end - STATION_WAIT)
             if held is None:
                 patience -= STATION_WAIT
             elif held["ok"]:
@@ -764,15 +802,15 @@ class Fog:
                 self.walkers, self.walk_ring, request, end)
         return reply | {"asked": [self.name, *reply["asked"]]}, ""
 
-    async def hold(self, name: str, hold_id: str, car: str, wait: float,
-                   latest: float) -> dict | None:
+    async def hold(self, name: str, hold_id: str, car: str, latest: float
+                   ) -> dict | None:
         """Ask a station to keep a spot: its answer, or None if none came in time."""
         station, loop = self.stations[name], asyncio.get_running_loop()
         async with station.turns, self.turns:
             if not station.may_have_a_spot(car) or time.monotonic() > latest:
                 return {"ok": False}        # things have changed while we stood in line
             hold = self.holds[hold_id] = Hold(name, car, loop.create_future())
-            timer = loop.call_later(wait, hold.give_up)
+            timer = loop.call_later(STATION_WAIT, hold.give_up)
             self.send(f"stations/{name}/hold", {"id": hold_id, "car": car})
             held = await hold.answer
             timer.cancel()
@@ -790,7 +828,7 @@ class Fog:
         if enough and time.monotonic() >= self.cloud_silent_until:
             self.tell(f"-> cloud    {request['id']} no spot here: who has one?")
             reply = call(*self.city.cloud, request | {"op": "search"}, CLOUD_WAIT)
-            if is_reply(self.city, reply, request["id"]):
+            if reply := read_reply(self.city, reply, request["id"]):
                 self.tell(f"<- cloud    {request['id']} {outcome(reply)}")
                 return reply
             self.cloud_silent_until = time.monotonic() + SILENT
@@ -876,6 +914,7 @@ class Doors:
         if hold_id and is_gone():
             fog.tell(f"-> {reply['station']:<8} {request['id']} nobody waits: undone")
             fog.send(f"stations/{reply['station']}/release", {"id": hold_id})
+            reply = refusal(request["id"], "full", [fog.name])
         fog.tell(f"-> ring     {request['id']} {outcome(reply)}")
         return reply
 
@@ -949,6 +988,12 @@ class Http(http.server.BaseHTTPRequestHandler):
         self.rfile.raw.end = time.monotonic() + HTTP_WAIT
         super().handle_one_request()
 
+    def parse_request(self):
+        try:
+            return super().parse_request()
+        except (ValueError, TypeError, LookupError):    # its parser lets some out
+            return self.send_error(400, "headers that make no sense")
+
     def do(self):
         methods = self.server.answer(self.path)
         said = self.headers.get("Authorization", "").encode("latin-1", "replace")
@@ -963,6 +1008,8 @@ class Http(http.server.BaseHTTPRequestHandler):
             self.refuse(*fault)
         else:
             has_body = self.command == "POST"
+            if not has_body and self.headers["Content-Length"]:
+                self.close_connection = True    # a body we do not read is no request
             length = int(self.headers["Content-Length"]) if has_body else 0
             self.reply(*methods[self.command](self.rfile.read(length)))
 
@@ -1171,7 +1218,8 @@ class Link:
         self.client.will_set(will_topic, encode_json(will), qos=1, retain=True)
         self.client.on_message = lambda _client, _data, news: self.inbox.append(news)
         try:
-            self.client.connect(broker.host, broker.mqtt, keepalive=5)
+            _, (host, *_) = resolve(broker.host, broker.mqtt)
+            self.client.connect(host, broker.mqtt, keepalive=5)
         except OSError as fault:
             raise ConnectionError(f"does not answer ({fault})") from None
         end = time.monotonic() + 3
@@ -1217,6 +1265,7 @@ class ExternalServer:
         self.client = mqtt_client(broker.name)
         self.client.on_connect = self.on_connect
         self.client.on_disconnect = lambda *_: tell("<- mqtt     connection lost")
+        self.client.on_connect_fail = lambda *_: tell("-> mqtt     does not answer yet")
         self.client.reconnect_delay_set(0.5, 2)
         self.client.connect_async(broker.host, broker.mqtt, keepalive=5)
 
@@ -1226,7 +1275,9 @@ class ExternalServer:
             self.loop.call_soon_threadsafe(callback, message.topic, message.payload))
 
     def on_connect(self, client, data, flags, code, properties) -> None:
-        self.tell(f"<- mqtt     connected to somebody else's server: {code}")
+        self.tell(f"<- mqtt     somebody else's server says: {code}")
+        if code.is_failure:
+            return
         client.subscribe([(topic_filter, 1) for topic_filter in self.callbacks])
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:

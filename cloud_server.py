@@ -52,8 +52,12 @@ except ImportError:     # Windows does not count file descriptors
 LIMIT = 64 * 1024   # bytes of a line, an HTTP body, an MQTT packet
 LINE_WAIT = 60      # s for a whole line to come in
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
+THREADS = 2000      # at a time, of one process
+ANSWER = 16 * 1024 * 1024   # bytes of an answer: a city may have many cars
 SPARE = 32          # file descriptors kept for what is not a guest
 RETRY = 5           # s after which a refused car asks again
+REPLY = ("id", "station", "broker", "route", "km", "hold", "lease", "asked", "reason",
+         "retry")
 DEMO = 38           # s the demo may take; it needs about 15
 KEY = os.environ.get("EV_KEY", "")  # set on every part, it closes every door
 
@@ -79,6 +83,7 @@ class Story:
         self.who, self.events = who, collections.deque(maxlen=50)
 
     def __call__(self, text: str) -> None:
+        text = text[:400]
         if not text.isprintable():      # a client id from the network may hold anything
             text = text.encode("unicode_escape").decode()
         line = f"{time.strftime('%H:%M:%S')}  {self.who:<8}  {text}"
@@ -146,11 +151,21 @@ def run_until_stopped(parts: list) -> None:
         finally:
             for part in parts:
                 part.stopping.set()
+            end = time.monotonic() + 1
             for thread in threads:
-                thread.join(1)
+                if thread.ident:        # it was started
+                    thread.join(max(0.0, end - time.monotonic()))
 
 
 # --- A TCP server that bad guests cannot hurt -----------------------------------------
+
+def resolve(host: str, port: int) -> tuple[int, tuple[str, int]]:
+    """The family and the one address that servers and clients use: IPv4 if there is."""
+    family, *_, address = min(
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
+        key=lambda info: info[0] != socket.AF_INET)
+    return family, address[:2]
+
 
 @contextlib.contextmanager
 def listening(host: str, port: int, tell: Story):
@@ -159,12 +174,10 @@ def listening(host: str, port: int, tell: Story):
     Warns of an open door; a port that cannot be had is exit status 2 and one line.
     """
     try:
-        family, *_, address = min(
-            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
-            key=lambda info: info[0] != socket.AF_INET)
+        family, address = resolve(host, port)
         if not KEY and not ipaddress.ip_address(address[0]).is_loopback:
             tell(f"WARNING: {host} port {port} is open to all: EV_KEY is not set")
-        yield family, address[:2]
+        yield family, address
     except OSError as fault:
         give_up(f"cannot listen on {host} port {port}: {fault.strerror}. End what "
                 "uses it (is this part running already?), or edit servers.json")
@@ -191,9 +204,10 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__(address, handler)
 
     def verify_request(self, request, client_address):
-        if not has_room(request):
-            self.tell(f"<- {client_address[0]} turned away: too many connections")
-        return has_room(request)
+        if room := has_room(request) and threading.active_count() < THREADS:
+            return True
+        self.tell(f"<- {client_address[0]} turned away: too many connections")
+        return room
 
     def process_request(self, request, client_address):
         try:
@@ -233,8 +247,11 @@ class Lines(socketserver.StreamRequestHandler):
 
     def handle(self):
         while line := self.read_line():
-            answer = self.server.answer(line, self.is_gone)
-            self.wfile.write(json.dumps(answer).encode() + b"\n")
+            try:
+                answer = json.dumps(self.server.answer(line, self.is_gone))
+            except RecursionError:      # of what somebody else has answered us
+                answer = json.dumps({"error": "nested too deep"})
+            self.wfile.write(answer.encode() + b"\n")
 
     def read_line(self) -> bytes | None:
         self.rfile.raw.end = time.monotonic() + LINE_WAIT
@@ -263,9 +280,10 @@ def call(host: str, port: int, request: dict, seconds: float) -> dict | None:
     end = time.monotonic() + seconds
     request = request | ({"key": KEY} if KEY else {})
     try:
-        with socket.create_connection((host, port), seconds) as connection:
+        with socket.create_connection(resolve(host, port)[1], seconds) as connection:
             connection.sendall(json.dumps(request).encode() + b"\n")
-            return read_object(io.BufferedReader(Patience(connection, end)).readline())
+            lines = io.BufferedReader(Patience(connection, end))
+            return read_object(lines.readline(ANSWER))
     except (OSError, ValueError):
         return None
 
@@ -316,6 +334,13 @@ def is_reply(city: City, reply: dict | None, request_id: str) -> bool:
             and all(is_number(reply.get(key), 1e-3, 1e9) for key in ("hold", "lease")))
 
 
+def read_reply(city: City, reply: dict | None, request_id: str) -> dict | None:
+    """What belongs to a reply, and nothing else that came with it; None: it is none."""
+    if not is_reply(city, reply, request_id):
+        return None
+    return {key: reply[key] for key in reply if key in REPLY}
+
+
 def outcome(reply: dict | None) -> str:
     """A reply in the words of the log."""
     if reply is None:
@@ -339,7 +364,7 @@ def search(city: City, request: dict, tell: Story, seconds: float = WALK,
             return None
         tell(f"-> {broker.name:<8} {request['id']} a spot for {request['car']}?")
         reply = call(broker.host, broker.tcp, question | {"op": "reserve"}, patience)
-        reply = reply if is_reply(city, reply, request["id"]) else None
+        reply = read_reply(city, reply, request["id"])
         tell(f"<- {broker.name:<8} {request['id']} {outcome(reply)}")
         return reply
 

@@ -167,6 +167,10 @@ def read_address(entry: dict, who: str, *ports: str) -> tuple:
     host = entry.get("host")
     need(isinstance(host, str) and host and host.isprintable() and " " not in host,
          f'{who}: "host" must be a host name or an address')
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f'{who}: "host" is no host name') from None
     for port in ports:
         need(type(entry.get(port)) is int and 1 <= entry[port] <= 65535,
              f'{who}: "{port}" must be a port from 1 to 65535')

@@ -121,7 +121,8 @@ class Station:
         """Who had our spots when we were last heard of; the leases begin anew."""
         try:
             cars = read_object(payload).get("cars")
-            need(isinstance(cars, dict), "no cars")
+            need(isinstance(cars, dict) and all(
+                use in ("held", "charging") for use in cars.values()), "no cars")
         except ValueError as fault:
             return self.tell(f"our own last state makes no sense: {fault}")
         now = time.monotonic()
@@ -134,8 +135,8 @@ class Station:
     # --- what it hears
 
     def hear(self, message) -> None:
-        _, _, name, verb, *_ = message.topic.split("/")
         try:
+            _, _, name, verb, *_ = message.topic.split("/")
             fields = read_object(message.payload)
             if verb in ("plug", "leave"):
                 need(is_name(name), "no good name for a car")
@@ -147,7 +148,7 @@ class Station:
             elif verb == "release":
                 self.release(fields)
         except ValueError as fault:
-            self.tell(f"<- {message.topic!a:.99} makes no sense: {fault!s:.99}")
+            self.tell(f"<- a message makes no sense: {fault!s:.99}")
 
     def keep(self, car: str, hold_id: str) -> None:
         """Keep a spot for a car. Asked again, it is the same spot under the new id."""
