@@ -691,6 +691,65 @@ class ServersJson(unittest.TestCase):
                     self.assertRegex(end.stderr, rf"\A(?=.*\.json).*{fault}.*\n\Z")
 
 
+class Readme(unittest.TestCase):
+    """What the README's tables promise is what the scripts do, and nothing is left out."""
+    TEXT = (HERE / "README.md").read_text("utf-8")
+
+    def first_cells(self, title):
+        """What stands between backticks in the first column of the table below a title."""
+        table = self.TEXT.split(f"### {title}\n")[1].split("\n#")[0]
+        return [code for row in re.findall(r"^\| (.+?) \|", table, re.M)
+                for code in re.findall("`(.+?)`", row)]
+
+    def test_options(self):
+        promised = {option for cell in self.first_cells("Command lines")
+                    for option in re.findall("--[a-z-]+", cell)}
+        known = set()
+        for script in "cloud_server.py", "broker.py", "station.py", "car.py":
+            told = subprocess.run([sys.executable, HERE / script, "--help"],
+                                  capture_output=True, text=True, check=True).stdout
+            known |= set(re.findall("--[a-z-]+", told))
+        self.assertEqual(promised, known)
+
+    def test_routes(self):
+        doors = broker.Doors(None, None)
+        for cell in self.first_cells("HTTP, at each broker"):
+            with self.subTest(cell):
+                method, path = cell.split()
+                self.assertIn(method, doors.routes(path))
+
+    def test_topics(self):
+        """The fog hears exactly what is sent to it, and stations and cars the rest."""
+        promised = {topic.split("/", 1)[1].translate(str.maketrans("CP", "++"))
+                    for topic in self.first_cells("MQTT topics")}
+        code = "".join((HERE / name).read_text("utf-8") for name in
+                       ("broker.py", "station.py", "car.py"))
+        heard = set(re.findall(r'\("((?:cars|stations)/[a-z+/]+)"', code))
+        self.assertEqual(len(heard), 6)
+        self.assertLessEqual(heard, promised)
+        for verb in {topic.split("/")[2] for topic in promised - heard}:
+            with self.subTest(verb):
+                self.assertRegex(code, rf'[/"]{verb}[/"]')
+
+    def test_who_decides_it(self):
+        """Each function in the table is to be found under its name."""
+        modules = [__import__(name) for name in
+                   ("ring", "cloud_server", "broker", "station", "car")]
+        table = self.TEXT.split("## Who decides it")[1].split("\n## ")[0]
+        names = re.findall(r"`([\w.]+)`", table)
+        self.assertGreater(len(names), 20)
+        for name in names:
+            with self.subTest(name):
+                self.assertTrue(any(self.has(module, name) for module in modules))
+
+    @staticmethod
+    def has(module, name):
+        try:
+            return operator.attrgetter(name)(module)
+        except AttributeError:
+            return None
+
+
 class Roads(unittest.TestCase):
     """broker.py: the shortest way on the roads."""
 
@@ -1155,11 +1214,11 @@ class Doors(Story):
         city.shows(P1={})
 
     def test_mqtt_a_car_plugs_in_unasked(self):
-        """It gets a free spot; if there is none, the station says again who has them."""
+        """It gets a free spot; if there is none, the station says who has them."""
         ann, bob = self.cars(2)
         ann.plugs_in("P1")
         self.city.shows(P1={ann.name: "charging"})
-        bob.mqtt.subscribes("server1/stations/P1/state").message()      # the retained one
+        bob.mqtt.subscribes("server1/stations/P1/state").message()  # the retained one
         bob.plugs_in("P1")
         state = json.loads(bob.mqtt.message()[1])
         self.assertEqual(state["cars"], {ann.name: "charging"})
