@@ -692,11 +692,11 @@ class ServersJson(unittest.TestCase):
 
 
 class Readme(unittest.TestCase):
-    """What the README's tables promise is what the scripts do, and nothing is left out."""
+    """What the README's tables promise is what the scripts do, and all of it."""
     TEXT = (HERE / "README.md").read_text("utf-8")
 
     def first_cells(self, title):
-        """What stands between backticks in the first column of the table below a title."""
+        """What stands in backticks in the first column of the table below a title."""
         table = self.TEXT.split(f"### {title}\n")[1].split("\n#")[0]
         return [code for row in re.findall(r"^\| (.+?) \|", table, re.M)
                 for code in re.findall("`(.+?)`", row)]
