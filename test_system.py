@@ -1199,6 +1199,16 @@ class Doors(Story):
     """MQTT for cars, TCP for the cloud and other brokers, HTTP for people."""
     SPOTS = dict(P1=1, P3=1, P5=1)
 
+    def test_http_headers_that_choke_the_parser(self):
+        """Python's header parser raises what no other nonsense raises: 400 all the same."""
+        for kind in (f"multipart/x; boundary*{'9' * 5000}=a",
+                     "multipart/x; boundary*=a; boundary*0=b"):
+            web = http.client.HTTPConnection(
+                "127.0.0.1", self.city.ports["server1"]["http"], timeout=DEADLINE)
+            with self.subTest(kind[:30]), contextlib.closing(web):
+                web.request("GET", "/", headers={"Content-Type": kind})
+                self.assertEqual(web.getresponse().status, 400)
+
     def test_mqtt_a_car_is_offered_a_spot(self):
         [ann], city = self.cars(1), self.city
         self.assertEqual(ann.asks(at="A", range=50).hears(), {
