@@ -58,7 +58,8 @@ import ring
 from cloud_server import (BACKLOG, KEY, LIMIT, RETRY, Door, Lines, Patience, Story,
                           call, check_request, crash, give_up, has_room, is_id, is_key,
                           listening, mqtt_password, outcome, read_reply, read_request,
-                          refusal, resolve, search, start_up, until_stopped)
+                          refusal, resolve, search, start_up, to_json,
+                          until_stopped)
 from ring import City, is_name, is_number, need, read_json, read_object
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
@@ -69,8 +70,8 @@ ABSENT = 1_000              # sessions of absent clients
 RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together, with topics
 OVERHEAD = 500              # bytes that Python needs to keep a message
 UNACKED_BYTES = 16 * 1024 * 1024    # of what a connected client has not acknowledged
-TURN = 0.02                 # s for one client's packets, while others wait
-NODES = 50_000              # levels of all filters of a client: each may cost a node
+CHUNK = 8 * 1024            # bytes read of one client before it is the others' turn
+FILTERS = 128 * 1024        # characters of all filters of a session: a tree node a "/"
 
 STATION_WAIT = 0.5          # s a station has to answer a hold
 STATIONS_WAIT = 1.2         # s all stations of this broker together have
@@ -84,22 +85,14 @@ REMEMBERED = 10_000         # cars, requests and holds that a broker keeps in mi
 HTTP_WAIT = 10              # s for a whole HTTP request to come in
 DOING = "driving", "asking", "waiting", "going", "charging", "offline"  # a car
 
-# The types of MQTT packets, what topic names and filters look like, a two-byte number
+# The types of MQTT packets, what text in them looks like, a two-byte number
 (CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
  UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
-TEXT = re.compile(".*", re.S)
-TOPIC = re.compile("[^+#]+")        # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
-FILTER = re.compile("(?=.)(([^+#/]*|[+])/)*([^+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1]
+TEXT = re.compile("[^\0]*")         # [MQTT-1.5.3-2]
+TOPIC = re.compile("[^\0+#]+")      # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
+FILTER = re.compile("(?=.)(([^\0+#/]*|[+])/)*([^\0+#/]*|[+]|#)", re.S)  # [MQTT-4.7.1]
 pack = struct.Struct(">H").pack
 ANY = -1                            # flags, or a size of the body, that may be any
-
-
-# ===== 1. MQTT packets: bytes <-> fields ==============================================
-#     byte 0             bytes 1 to 4            the body
-#     +------+-------+   +------------------+   +----------------------+---------+
-#     | type | flags |   | remaining length |   | fields of that type  | payload |
-#     +------+-------+   +------------------+   +----------------------+---------+
-#      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
 
 class ProtocolError(Exception):
@@ -108,6 +101,13 @@ class ProtocolError(Exception):
 
 require = functools.partial(need, error=ProtocolError)
 
+
+# ===== 1. MQTT packets: bytes <-> fields ==============================================
+#     byte 0             bytes 1 to 4            the body
+#     +------+-------+   +------------------+   +----------------------+---------+
+#     | type | flags |   | remaining length |   | fields of that type  | payload |
+#     +------+-------+   +------------------+   +----------------------+---------+
+#      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
     """A whole packet: the fixed header, then the fields one after the other."""
@@ -147,17 +147,12 @@ class Packet:
         return int.from_bytes(self.take(2), "big")
 
     def packet_id(self) -> int:
-        number = self.number()
-        require(number, "packet identifier 0")      # [MQTT-2.3.1-1]
+        require(number := self.number(), "packet identifier 0")     # [MQTT-2.3.1-1]
         return number
 
     def text(self, pattern: re.Pattern = TEXT) -> str:
-        try:
-            text = self.take(self.number()).decode()    # no surrogates [MQTT-1.5.3-1]
-        except UnicodeDecodeError:
-            raise ProtocolError("text that is not UTF-8") from None
-        require("\0" not in text, "text with a U+0000")             # [MQTT-1.5.3-2]
-        require(pattern.fullmatch(text), "no good topic, or topic filter")
+        text = self.take(self.number()).decode()    # or UnicodeError [MQTT-1.5.3-1]
+        require(pattern.fullmatch(text), "no good text, topic or topic filter")
         return text
 
 
@@ -170,10 +165,10 @@ class Message(NamedTuple):
 
 
 @functools.lru_cache(8)     # so it is encoded once for all its QoS 0 subscribers
-def encode_publish(message: Message, packet_id: int = 0, dup: bool = False) -> bytes:
+def encode_publish(message: Message, packet_id: int = 0) -> bytes:
     topic, number = message.topic.encode(), pack(packet_id) if message.qos else b""
     return encode(PUBLISH, pack(len(topic)), topic, number, message.payload,
-                  flags=dup << 3 | message.qos << 1 | message.retain)
+                  flags=message.qos << 1 | message.retain)
 
 
 # ===== 2. The MQTT server: topic tree, sessions, connections ==========================
@@ -222,8 +217,8 @@ class Session:
         self.client_id, self.clean = client_id, clean
         self.connection: Connection | None = None
         self.filters: set[str] = set()
-        self.unacked: dict[int, bytes] = collections.OrderedDict()  # packets to send
-        self.kept_bytes = 0     # (again), in order [MQTT-4.6.0-1]; their size together
+        self.unacked: dict[int, bytes] = {}     # packets to send (again), in order
+        self.kept_bytes = 0                     # their size together [MQTT-4.6.0-1]
         self.received: set[int] = set()         # QoS 2 identifiers not yet released
         self.ids = itertools.count()
 
@@ -231,16 +226,20 @@ class Session:
         """Send or keep a message: the lower QoS of publisher and subscriber counts."""
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
-        if message.qos == 0:
-            if self.connection:
-                self.connection.send(encode_publish(message))
-            return
-        packet_id = next(free for number in self.ids            # [MQTT-2.3.1-2]
-                         if (free := number % 65535 + 1) not in self.unacked)
-        self.unacked[packet_id] = encode_publish(message, packet_id)
-        self.kept_bytes += len(self.unacked[packet_id])
-        self.send(packet_id)
-        self.keep_bounds()
+        if not message.qos and self.connection:
+            self.connection.send(encode_publish(message))
+        elif message.qos and not (self.connection and self.is_full()):  # soon shut
+            packet_id = next(free for number in self.ids        # [MQTT-2.3.1-2]
+                             if (free := number % 65535 + 1) not in self.unacked)
+            self.keep(packet_id, encode_publish(message, packet_id))
+            self.send(packet_id)
+            self.keep_bounds()
+
+    def keep(self, packet_id: int, packet: bytes) -> None:
+        """What is to be sent (again) until it is acknowledged; if empty, nothing."""
+        self.kept_bytes += len(packet) - len(self.unacked.pop(packet_id, b""))
+        if packet:
+            self.unacked[packet_id] = packet
 
     def send(self, packet_id: int) -> None:
         """Send a PUBLISH, or its PUBREL; if again, then with DUP. [MQTT-3.3.1-1]"""
@@ -251,16 +250,17 @@ class Session:
             self.connection.send(packet)
 
     def keep_bounds(self) -> None:
-        if self.connection and (len(self.unacked) > UNACKED
-                                or self.kept_bytes > UNACKED_BYTES):
-            self.connection.close("acknowledges nothing")
-        while not self.connection and (len(self.unacked) > KEPT
-                                       or self.kept_bytes > KEPT_BYTES):
-            self.kept_bytes -= len(self.unacked.popitem(last=False)[1])
+        """Forget the oldest messages, if nobody is there to take them."""
+        while not self.connection and self.is_full():
+            self.keep(next(iter(self.unacked)), b"")
+
+    def is_full(self) -> bool:
+        most, size = (UNACKED, UNACKED_BYTES) if self.connection else (KEPT, KEPT_BYTES)
+        return len(self.unacked) > most or self.kept_bytes > size
 
 
-class Connection(asyncio.Protocol):
-    """One client's socket. The loop calls data_received; each packet meets a do_..."""
+class Connection(asyncio.BufferedProtocol):
+    """One client's socket. The loop calls buffer_updated; each packet meets a do_..."""
 
     def __init__(self, server: "MqttServer"):
         self.server, self.closed = server, False
@@ -278,28 +278,22 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error) -> None:
         self.close(f"vanished: {error}" if error else "vanished")
 
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        self.take_turn()
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.server.chunk    # one for all: what is in it is taken out at once
 
-    def take_turn(self) -> None:
+    def buffer_updated(self, count: int) -> None:
         """Cut whole packets off what has come: it may hold half a one, or very many."""
-        buffer, at, body, end = self.buffer, 0, None, time.monotonic() + TURN
+        self.buffer += self.server.chunk[:count]
+        at = 0
         try:
-            while (not self.closed and (body := find_body(buffer, at))
-                   and time.monotonic() < end):
-                self.handle(Packet(buffer[at], bytes(buffer[body])))
+            while not self.closed and (body := find_body(self.buffer, at)):
+                self.handle(Packet(self.buffer[at], bytes(self.buffer[body])))
                 at = body.stop
-        except ProtocolError as fault:
+        except (ProtocolError, UnicodeError) as fault:
             self.close(f"broke the protocol: {fault}")
         if at:
-            del buffer[:at]
+            del self.buffer[:at]
             self.deadline = time.monotonic() + self.patience        # [MQTT-3.1.2-24]
-        if body and not self.closed:    # there is more, but it is the others' turn
-            self.transport.pause_reading()
-            self.server.loop.call_soon(self.take_turn)
-        elif not self.closed:
-            self.transport.resume_reading()
 
     def handle(self, packet: Packet) -> None:
         require((packet.kind == CONNECT) != bool(self.session),     # [MQTT-3.1.0-1], 2
@@ -347,36 +341,26 @@ class Connection(asyncio.Protocol):
         require(may_publish(self.session.client_id, topic, self.server.brokers),
                 f"it may not publish {topic:.99}")
         if qos < 2 or packet_id not in received:        # else it is sent again
-            payload, retain = packet.data[packet.at:], bool(packet.flags & 1)
-            self.server.publish(topic, payload, qos, retain)
-        if qos == 1:
-            self.send(encode(PUBACK, pack(packet_id)))              # [MQTT-4.3.2-2]
-        elif qos == 2:
+            self.server.publish(topic, packet.data[packet.at:], qos, packet.flags & 1)
+        if qos == 2:
             received.add(packet_id)                     # until PUBREL [MQTT-4.3.3-2]
-            self.send(encode(PUBREC, pack(packet_id)))
-        if len(received) > UNACKED:
-            self.close("releases nothing")
+            require(len(received) <= UNACKED, "it releases nothing")
+        if qos:                                                     # [MQTT-4.3.2-2]
+            self.send(encode(PUBACK if qos == 1 else PUBREC, pack(packet_id)))
 
     def do_acknowledge(self, packet: Packet) -> None:
         """PUBACK ends QoS 1. PUBREC, then PUBREL, then PUBCOMP, which ends QoS 2."""
-        packet_id, kind = packet.packet_id(), packet.kind
+        packet_id, kind, pubrel = packet.packet_id(), packet.kind, b""
         if kind == PUBREL:                              # [MQTT-4.3.3-2]
             self.session.received.discard(packet_id)
             return self.send(encode(PUBCOMP, pack(packet_id)))
-        unacked = self.session.unacked
-        if sent := unacked.get(packet_id):
+        if kind == PUBREC:                              # [MQTT-4.3.3-1]
+            self.send(pubrel := encode(PUBREL, pack(packet_id), flags=2))
+        if sent := self.session.unacked.get(packet_id):     # else we know nothing of it
             expected = (PUBCOMP if sent[0] >> 4 == PUBREL else
                         PUBACK if sent[0] & 2 else PUBREC)
             require(kind == expected, "the wrong acknowledgement")
-            self.session.kept_bytes -= len(sent)
-        if kind == PUBREC:                              # [MQTT-4.3.3-1]
-            pubrel = encode(PUBREL, pack(packet_id), flags=2)
-            self.send(pubrel)
-            if sent:        # of an identifier we did not use we remember nothing
-                unacked[packet_id] = pubrel
-                self.session.kept_bytes += len(pubrel)
-        else:
-            unacked.pop(packet_id, None)
+            self.session.keep(packet_id, pubrel)
 
     def do_subscribe(self, packet: Packet) -> None:
         packet_id, wanted = packet.packet_id(), []
@@ -384,8 +368,7 @@ class Connection(asyncio.Protocol):
             wanted.append((packet.text(FILTER), packet.take(1)[0]))
         require(all(qos < 3 for _, qos in wanted), "impossible QoS")    # [MQTT-3-8.3-4]
         filters = self.session.filters
-        room = NODES > sum(known.count("/") + 1
-                           for known in filters.union(name for name, _ in wanted))
+        room = FILTERS >= sum(map(len, filters.union(name for name, _ in wanted)))
         self.send(encode(SUBACK, pack(packet_id),                   # [MQTT-3.8.4-5]
                          bytes(qos if room else 0x80 for _, qos in wanted)))
         for topic_filter, qos in wanted if room else ():
@@ -424,11 +407,13 @@ class Connection(asyncio.Protocol):
             self.flush()
 
     def flush(self) -> None:
+        """Who is too slow is closed soon: not in the middle of a message to many."""
         if not self.closed and self.out:
             self.transport.write(b"".join(self.out))
             self.out, self.waiting = [], 0
-            if self.transport.get_write_buffer_size() > SLOW:
-                self.close("reads too slowly")
+            if (self.transport.get_write_buffer_size() > SLOW
+                    or self.session and self.session.is_full()):
+                self.server.loop.call_soon(self.close, "is too slow")
 
     def close(self, why: str) -> None:
         """However a connection ends, it ends here, once: the session, then the will."""
@@ -448,10 +433,9 @@ class MqttServer:
         self.brokers, self.tell = brokers, tell
         self.connections: set[Connection] = set()
         self.sessions: dict[str, Session] = {}
-        self.absent: dict[str, Session] = {}    # who is longest away stands first
-        self.tree = TopicTree()
+        self.absent: dict[Session, None] = {}   # who is longest away stands first
+        self.tree, self.chunk = TopicTree(), bytearray(CHUNK)
         self.retained, self.retained_bytes = {}, 0
-        self.wills, self.publishing_will = collections.deque(), False
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
         if (old := self.sessions.get(client_id)) and old.connection:
@@ -460,7 +444,7 @@ class MqttServer:
             self.drop(old)                                  # [MQTT-3.1.2-6]
         present = client_id in self.sessions
         session = self.sessions.setdefault(client_id, Session(client_id, clean))
-        self.absent.pop(client_id, None)
+        self.absent.pop(session, None)
         session.connection, connection.session = connection, session
         connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
         for packet_id in list(session.unacked):
@@ -473,22 +457,17 @@ class MqttServer:
         self.tell(f"<- {session.client_id if session else 'somebody':<8} {why}")
         if session:
             session.connection = None
-            self.absent[session.client_id] = session
+            self.absent[session] = None
             session.keep_bounds()
-            oldest = next(iter(self.absent.values()))
             if session.clean or len(self.absent) > ABSENT:
-                self.drop(session if session.clean else oldest)
+                self.drop(session if session.clean else next(iter(self.absent)))
         if connection.will:
-            self.wills.append(connection.will)              # [MQTT-3.1.2-8]
-        while self.wills and not self.publishing_will:  # a will may end its readers:
-            self.publishing_will = True                 # theirs come after it, not in it
-            self.publish(*self.wills.popleft())
-            self.publishing_will = False
+            self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
     def drop(self, session: Session) -> None:
         for topic_filter in session.filters:
             self.tree.remove(topic_filter, session)
-        del self.absent[session.client_id], self.sessions[session.client_id]
+        del self.absent[session], self.sessions[session.client_id]
 
     def subscribe_inside(self, topic_filter: str, callback: Callable) -> None:
         """`callback(topic, payload)` for each message: a subscriber without socket."""
@@ -540,7 +519,10 @@ class Inside:
     """A subscriber inside the server: a function in the place of a session."""
 
     def __init__(self, callback: Callable):
-        self.deliver = lambda message, granted: callback(message.topic, message.payload)
+        self.callback = callback
+
+    def deliver(self, message: Message, granted: int) -> None:
+        self.callback(message.topic, message.payload)
 
 
 class Map:
@@ -548,6 +530,7 @@ class Map:
 
     def __init__(self, city: City):
         self.city, self.roads = city, {place: {} for place in city.places}
+        self.near: dict[str, list] = {}     # by start: what `stations` found
         for a, b in city.roads:
             self.roads[a][b] = self.roads[b][a] = city.km(a, b)
 
@@ -564,11 +547,13 @@ class Map:
                         heapq.heappush(edge, (km + length, [*route, place]))
         return found
 
-    @functools.lru_cache(1024)
     def stations(self, start: str) -> list[tuple[str, float, list[str]]]:
         """(station, km, route) of each station in reach, the nearest first."""
-        return [(place, *way) for place, way in self.routes(start).items()
-                if "spots" in self.city.places[place]]
+        if start not in self.near:      # the roads never change: search once
+            self.near[start] = [(place, *way) for place, way in
+                                self.routes(start).items()
+                                if "spots" in self.city.places[place]]
+        return self.near[start]
 
 
 @dataclasses.dataclass
@@ -578,7 +563,7 @@ class Station:
     turns: asyncio.Semaphore        # for holds on their way to it
     online: bool = False
     silent_until: float = 0.0       # it left a hold unanswered: offline until then
-    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    spoke: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def is_online(self) -> bool:
         return self.online and time.monotonic() >= self.silent_until
@@ -649,7 +634,7 @@ class Fog:
 
     def hear(self, act: Callable, topic: str, payload: bytes) -> None:
         """Nonsense is told in one line, and never stops us."""
-        name, what, *_ = topic[len(self.name) + 1:].split("/")[1:]
+        _, _, name, what, *_ = topic.split("/")
         try:
             act(name, payload)
         except ValueError as fault:
@@ -706,7 +691,8 @@ class Fog:
         held = read_object(payload)
         need(is_id(held.get("id"), 200), "no id")
         need(held.get("ok") is False or held.get("ok") is True and all(
-            is_number(held.get(key), 1e-3, 1e6) for key in ("hold", "lease")), "ok?")
+            is_number(held.get(key), 1e-3, 1e6) for key in ("hold", "lease")),
+            "neither a yes with its times nor a no")
         hold = self.holds.get(held["id"])
         if hold and not (hold.answer.done() and hold.answer.result() is None):
             need((hold.station, hold.car) == (name, held.get("car")), "not asked for")
@@ -720,13 +706,14 @@ class Fog:
         station, state = self.speaker(name), read_object(payload)
         spots, free, cars = map(state.get, ("spots", "free", "cars"))
         need(state.get("station") == name, "not a station's own state")
-        need(type(spots) is int and 1 <= spots <= 1000, "spots?")
-        need(type(free) is int and 0 <= free <= spots, "free?")
+        need(type(spots) is int and 1 <= spots <= 1000, "no number of spots")
+        need(type(free) is int and 0 <= free <= spots, "more free spots than spots")
         need(isinstance(cars, dict) and len(cars) <= spots
              and all(use in ("held", "charging") for use in cars.values())
-             and all(map(is_name, cars.keys() - station.state["cars"].keys())), "cars?")
+             and all(map(is_name, cars.keys() - station.state["cars"].keys())),
+             "more cars than spots, or no cars")
         station.state = {"station": name, "spots": spots, "free": free, "cars": cars}
-        station.changed.set()
+        station.spoke.set()
 
     def on_online(self, name: str, payload: bytes) -> None:
         station, online = self.speaker(name), read_json(payload)
@@ -789,10 +776,10 @@ class Fog:
                     name].may_have_a_spot(request["car"])):
                 continue
             hold_id = f"{request['id']}@{self.name}.{next(self.numbers)}"
-            held = await self.hold(name, hold_id, request["car"], end - STATION_WAIT)
-            if held is None:
-                patience -= STATION_WAIT
-            elif held["ok"]:
+            held, seconds = await self.hold(name, hold_id, request["car"],
+                                            end - STATION_WAIT)
+            patience -= seconds
+            if held and held["ok"]:
                 return {"id": request["id"], "station": name, "broker": self.name,
                         "route": route, "km": round(km, 3), "hold": held["hold"],
                         "lease": held["lease"], "asked": [self.name]}, hold_id
@@ -803,12 +790,16 @@ class Fog:
         return reply | {"asked": [self.name, *reply["asked"]]}, ""
 
     async def hold(self, name: str, hold_id: str, car: str, latest: float
-                   ) -> dict | None:
-        """Ask a station to keep a spot: its answer, or None if none came in time."""
+                   ) -> tuple[dict | None, float]:
+        """Ask a station to keep a spot: its answer, or None if none came in time.
+
+        Returns with it the seconds it took, without those in line before it.
+        """
         station, loop = self.stations[name], asyncio.get_running_loop()
         async with station.turns, self.turns:
             if not station.may_have_a_spot(car) or time.monotonic() > latest:
-                return {"ok": False}        # things have changed while we stood in line
+                return None, 0.0        # things have changed while we stood in line
+            began = time.monotonic()
             hold = self.holds[hold_id] = Hold(name, car, loop.create_future())
             timer = loop.call_later(STATION_WAIT, hold.give_up)
             self.send(f"stations/{name}/hold", {"id": hold_id, "car": car})
@@ -819,7 +810,7 @@ class Fog:
             del self.holds[hold_id]         # from now on its yes is too late
             station.silent_until = time.monotonic() + SILENT
             self.tell(f"<- {name:<8} {short(hold_id)} no answer: counts as offline")
-        return held
+        return held, time.monotonic() - began
 
     def walk_ring(self, request: dict, end: float) -> dict:
         """Ask the cloud, or without it the others in turn. In a thread of its own."""
@@ -844,10 +835,10 @@ class Fog:
         held = [name for name, station in self.stations.items()
                 if station.state["cars"].get(car) == "held"]
         for name in held:
-            self.stations[name].changed.clear()
+            self.stations[name].spoke.clear()
             self.send(f"stations/{name}/release", {"car": car})
         for name in held:
-            agreed = spawn(self.stations[name].changed.wait())
+            agreed = spawn(self.stations[name].spoke.wait())
             await asyncio.wait([agreed], timeout=STATION_WAIT)
             agreed.cancel()
         return bool(held)
@@ -999,11 +990,11 @@ class Http(http.server.BaseHTTPRequestHandler):
         said = self.headers.get("Authorization", "").encode("latin-1", "replace")
         scheme, _, key = said.decode(errors="replace").partition(" ")
         if self.path != "/" and not is_key(key if scheme == "Bearer" else None):
-            self.refuse(401, "key", {"WWW-Authenticate": "Bearer"})
+            self.refuse(401, "key", WWW_Authenticate="Bearer")
         elif not methods:
             self.refuse(404, "there is no such thing")
         elif self.command not in methods:
-            self.refuse(405, "not with this method", {"Allow": ", ".join(methods)})
+            self.refuse(405, "not with this method", Allow=", ".join(methods))
         elif self.command == "POST" and (fault := self.body_fault()):
             self.refuse(*fault)
         else:
@@ -1013,7 +1004,11 @@ class Http(http.server.BaseHTTPRequestHandler):
             length = int(self.headers["Content-Length"]) if has_body else 0
             self.reply(*methods[self.command](self.rfile.read(length)))
 
-    do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = do_OPTIONS = do
+    def __getattr__(self, name: str):
+        """do_GET, do_POST, and those of methods that nobody has heard of: a 405."""
+        if not name.startswith("do_"):
+            raise AttributeError(name)
+        return self.do
 
     def body_fault(self) -> tuple[int, str] | None:
         """What is wrong with the body that the headers announce."""
@@ -1028,27 +1023,28 @@ class Http(http.server.BaseHTTPRequestHandler):
             return 413, f"the body must be at most {LIMIT} bytes"
         return None
 
-    def reply(self, status: int, answer, headers: dict = {}) -> None:
+    def reply(self, status: int, answer, **headers) -> None:
+        """The page, or JSON. Headers are written with _ for -."""
         is_page = answer is PAGE
-        body = PAGE.encode() if is_page else json.dumps(answer).encode()
+        body = PAGE.encode() if is_page else to_json(answer)
         kind = "text/html; charset=utf-8" if is_page else "application/json"
-        headers = {"Content-Type": kind, "Content-Length": len(body),
-                   "Cache-Control": "no-store"} | headers
+        headers |= {"Content_Type": kind, "Content_Length": len(body),
+                    "Cache_Control": "no-store"}
         if status == 204:
             headers, body = {}, b""
         if is_page:
-            headers["Content-Security-Policy"] = PAGE_POLICY
+            headers["Content_Security_Policy"] = PAGE_POLICY
         if status == 503:
-            headers["Retry-After"] = RETRY
+            headers["Retry_After"] = RETRY
         self.send_response(status)
         for name, value in headers.items():
-            self.send_header(name, str(value))
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    def refuse(self, status: int, why: str, headers: dict = {}) -> None:
+    def refuse(self, status: int, why: str, **headers) -> None:
         """Says no, and reads no further: what follows may be an unread body."""
-        self.reply(status, {"error": why}, headers | {"Connection": "close"})
+        self.reply(status, {"error": why}, Connection="close", **headers)
         self.connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):  # let it finish, or it may miss our answer
             self.rfile.read(16 * LIMIT)
@@ -1057,7 +1053,7 @@ class Http(http.server.BaseHTTPRequestHandler):
         """What http.server itself finds wrong, in the same form."""
         self.close_connection = True
         self.reply(code, {"error": message or http.HTTPStatus(code).phrase},
-                   {"Connection": "close"})
+                   Connection="close")
 
     def log_message(self, format, *args):
         """The fog tells its story; a line for each look of a page would drown it."""
@@ -1216,7 +1212,8 @@ class Link:
     def __init__(self, broker: ring.Broker, name: str, will_topic: str, will):
         self.inbox, self.client = collections.deque(), mqtt_client(name)
         self.client.will_set(will_topic, encode_json(will), qos=1, retain=True)
-        self.client.on_message = lambda _client, _data, news: self.inbox.append(news)
+        self.client.on_message = lambda client, data, news: self.inbox.append(
+            Message(news.topic, news.payload, news.qos, news.retain))
         try:
             _, (host, *_) = resolve(broker.host, broker.mqtt)
             self.client.connect(host, broker.mqtt, keepalive=5)
@@ -1230,7 +1227,10 @@ class Link:
 
     def turn(self, seconds: float) -> None:
         """Let paho send and receive for a moment; what came in is in the inbox."""
-        self.check(self.client.loop(seconds))
+        try:
+            self.check(self.client.loop(seconds))
+        except (ValueError, LookupError, TypeError, struct.error) as fault:
+            raise ConnectionError(f"does not speak MQTT ({fault})") from None
 
     def check(self, code: int) -> None:
         if code == paho.MQTT_ERR_CONN_REFUSED:
@@ -1319,7 +1319,8 @@ async def listen(server: MqttServer, broker: ring.Broker) -> None:
 
 async def watch(server: MqttServer) -> None:
     """Cut off whoever has not sent a whole packet in its time. [MQTT-3.1.2-24]"""
-    while await asyncio.sleep(0.5, True):
+    while True:
+        await asyncio.sleep(0.5)
         now = time.monotonic()
         for connection in [c for c in server.connections if c.deadline < now]:
             connection.close("was silent for too long")

@@ -46,7 +46,8 @@ LOW = 25            # %: below it the car asks for a spot
 POWER = 10          # % a second that charging adds
 TURN = 0.1          # s between two looks around
 NEWS = 1.0          # s between two messages about the battery
-RETRY = 1.0         # s before the next try to connect
+RECONNECT = 1.0     # s before the next try to connect
+PLUG = 1.0          # s before plugging in again, until the station says that we do
 REPLY_WAIT = 10     # s for a reply; the broker has 9
 PLUG_WAIT = 3       # s until the station's state must show the car as charging
 STRANDED = 60       # s until a car asks again from where asking can hardly help
@@ -96,7 +97,7 @@ class Car:
                 told.add(trouble)
                 if failures > 1:
                     self.turn_to_next()
-                self.stopping.wait(RETRY)
+                self.stopping.wait(RECONNECT)
 
     # --- its connection
 
@@ -265,7 +266,7 @@ class Car:
         while self.battery < 100:
             if time.monotonic() >= next_plug:
                 self.link.publish(self.topic("plug", station), {})
-                next_plug = time.monotonic() + (lease / 3 if plugged else RETRY)
+                next_plug = time.monotonic() + (lease / 3 if plugged else PLUG)
             seconds = self.pause()
             if self.seen == "charging":
                 if not plugged:

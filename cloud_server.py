@@ -102,9 +102,10 @@ def start_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, City]
         signal.signal(stop, signal.default_int_handler)
     threading.excepthook = lambda fault: crash(fault.exc_value)
     if resource:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        for limit in 10_000, most:      # macOS says that it allows more than it does
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
     try:
         return args, load(args.config)
     except ValueError as fault:
@@ -155,6 +156,14 @@ def run_until_stopped(parts: list) -> None:
             for thread in threads:
                 if thread.ident:        # it was started
                     thread.join(max(0.0, end - time.monotonic()))
+
+
+def to_json(answer) -> bytes:
+    """What we answer, as JSON; parts of it are what others have told us."""
+    try:
+        return json.dumps(answer).encode()
+    except RecursionError:
+        return b'{"error": "nested too deep"}'
 
 
 # --- A TCP server that bad guests cannot hurt -----------------------------------------
@@ -247,11 +256,8 @@ class Lines(socketserver.StreamRequestHandler):
 
     def handle(self):
         while line := self.read_line():
-            try:
-                answer = json.dumps(self.server.answer(line, self.is_gone))
-            except RecursionError:      # of what somebody else has answered us
-                answer = json.dumps({"error": "nested too deep"})
-            self.wfile.write(answer.encode() + b"\n")
+            answer = self.server.answer(line, self.is_gone)
+            self.wfile.write(to_json(answer) + b"\n")
 
     def read_line(self) -> bytes | None:
         self.rfile.raw.end = time.monotonic() + LINE_WAIT

@@ -16,6 +16,7 @@ Left out on purpose: brokers that join or leave while the city runs.
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Callable, Iterator
 SERVERS = Path(__file__).with_name("servers.json")
 ASK = 1.5   # s to wait for one broker's answer; its own stations have 1.2 s to give it
 WALK = 4.0  # s for the whole walk: whoever asked the cloud waits for 4.5 s
+FINITE = sys.float_info.max     # what is greater is infinite
 
 
 # --- The circular linked list ---------------------------------------------------------
@@ -196,7 +198,7 @@ def check_places(places: dict, ring: Ring) -> None:
         need(isinstance(place, dict), f"place {name} must be a JSON object")
         at, broker, spots = place.get("at"), place.get("broker"), place.get("spots", 1)
         need(isinstance(at, list) and len(at) == 2
-             and all(is_number(x, -1e9, 1e9) for x in at),
+             and all(is_number(x, -FINITE, FINITE) for x in at),
              f'place {name}: "at" must be two finite numbers')
         need(isinstance(broker, str) and ring.find(broker),
              f"place {name} belongs to an unknown broker: {broker!a:.99}")

@@ -30,7 +30,8 @@ from ring import City, is_name, need, read_object
 HOLD = 60       # s a spot is kept for a car on its way; a drive takes less
 LEASE = 15      # s a plug counts; the car renews it every third of that
 TURN = 0.1      # s between two looks at the leases
-RETRY = 1       # s before a lost broker is tried again
+RESTORE = 5     # s for our own words to come back: a busy broker may need one
+RECONNECT = 1   # s before a lost broker is tried again
 
 
 @dataclasses.dataclass
@@ -72,7 +73,7 @@ class Station:
                 if str(fault) != told:          # each new trouble once
                     self.tell(f"-> {self.broker.name:<8} {fault}; trying again")
                 told = str(fault)
-                self.stopping.wait(RETRY)
+                self.stopping.wait(RECONNECT)
 
     def serve(self) -> None:
         """From one connect to its end. Raises ConnectionError if it is lost."""
@@ -102,9 +103,11 @@ class Station:
         """
         self.link.subscribe(f"{self.topic}/state", f"{self.topic}/online")
         self.link.publish(f"{self.topic}/online", False)
-        later, back = [], False
+        later, back, end = [], False, time.monotonic() + RESTORE
         while not back:
             self.link.turn(TURN)
+            need(time.monotonic() < end and not self.stopping.is_set(),
+                 "does not give us our own words back", ConnectionError)
             while self.link.inbox:
                 message = self.link.inbox.popleft()
                 if message.topic == f"{self.topic}/state":

@@ -18,6 +18,7 @@ seconds the tests allow SLACK more, for a machine whose cores are all busy.
 Read next: the story that interests you. Left out on purpose: how fast things are.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import copy
@@ -812,6 +813,59 @@ class Topics(unittest.TestCase):
         self.assertEqual(tree.match("a/b"), {})
 
 
+class TheSearch(unittest.IsolatedAsyncioTestCase):
+    """broker.py: how long a fog node asks its own stations, one after the other."""
+
+    async def asked(self, answer, seconds):
+        """The stations it asks if each answers this, after so many seconds."""
+        names, asked = [f"P{n}" for n in range(1, 9)], []
+        places = {name: {"at": [n, 0], "broker": "b", "spots": 1}
+                  for n, name in enumerate(names)}
+        city = ring.City(("", 1), ring.Ring(), places, [[a, b] for a, b in
+                                                       itertools.pairwise(names)])
+        fog = broker.Fog("b", city, broker.Map(city), cloud_server.Story("b"))
+        for station in fog.stations.values():
+            station.online, station.state["free"] = True, 1
+
+        async def hold(name, *_):
+            asked.append(name)
+            return answer, seconds
+        request = {"id": "x-1", "car": "x", "at": "P1", "range": 99}
+        with mock.patch.object(fog, "hold", hold):
+            reply, _ = await fog.find_spot(request, time.monotonic() + 9, ring=False)
+        self.assertEqual(reply["reason"], "full")
+        return asked
+
+    async def test_the_nearest_first_within_1_2_s(self):
+        self.assertEqual(len(await self.asked({"ok": False}, 0.001)), 8)
+        self.assertEqual(await self.asked({"ok": False}, 0.4), ["P1", "P2"])
+        self.assertEqual(await self.asked(None, 0.5), ["P1", "P2"])
+
+
+class TooSlow(unittest.TestCase):
+    """broker.py: a will that is one message too many for its readers, whose wills..."""
+
+    def test_they_all_fall_together(self):
+        """...and so on: they end one after the other, never one within the other."""
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            server = broker.MqttServer(set(), tell := mock.Mock())
+            server.loop = loop
+            for n in range(200):
+                reader = broker.Connection(server)
+                reader.connection_made(mock.Mock(**{
+                    "get_extra_info.return_value.fileno.return_value": 5,
+                    "get_write_buffer_size.return_value": broker.SLOW + 1}))
+                reader.will = broker.Message("t", bytes(cloud_server.LIMIT))
+                server.open_session(reader, f"c{n}", True)
+                server.tree.add("t", reader.session, 0)
+            loop.call_soon(server.publish, "t", b"x")   # each will is flushed at once
+            for _ in range(1_000):      # times round the loop
+                loop.run_until_complete(asyncio.sleep(0))
+        self.assertEqual((server.connections, server.sessions), (set(), {}))
+        self.assertEqual(len([call for call in tell.mock_calls
+                              if "too slow" in str(call)]), 200)
+
+
 class Frames(unittest.TestCase):
     """broker.py: where a packet begins and ends in what has come so far."""
 
@@ -1043,6 +1097,33 @@ class Sessions(Bytes):
                 return
         self.fail("it was not cut off")
 
+    def test_acknowledges_nothing(self):
+        """A subscriber that leaves 10,000 messages unacknowledged is cut off."""
+        self.bob.subscribes(self.t, 1)
+        for start in range(1, 10_501, 500):
+            ids = range(start, start + 500)
+            self.ann.send(*(publish(self.t, qos=1, id=id) for id in ids))
+            self.ann.settle(1, *ids, sender=True)
+        taken = self.bob.closed().count(self.t.encode())
+        self.assertTrue(10_000 <= taken <= 10_001, taken)
+
+    def test_acknowledges_what_never_was(self):
+        """[MQTT-4.3.3-1] The handshake goes on, but nothing of it is kept."""
+        eve = self.join("eve", 0)
+        for id in range(1, 2_000):
+            eve.send(ack(PUBREC, id)).expect(ack(PUBREL, id))
+        eve.send(ack(PUBACK, 7), ack(PUBCOMP, 8)).quiet().vanish()
+        self.join("eve", 1).quiet()
+
+    def test_takes_turns(self):
+        """Who sends 50,000 packets at once does not keep the others waiting."""
+        self.bob.subscribes(f"{self.t}/+")
+        eve = self.raw(connect("eve") + publish(f"{self.t}/eve", b"", 1) * 50_000)
+        self.ann.publishes(f"{self.t}/ann")
+        topics = iter(lambda: self.bob.message()[0], f"{self.t}/ann")
+        self.assertLess(len([*topics]), 10_000)     # of eve's, before ann's came
+        eve.closed(GOODBYE)
+
     def test_messages_for_the_absent(self):
         """1,000 of them and 512 KiB are kept for each; the oldest go first."""
         for name, count, size, kept in ("cid", 1005, 10, 1000), ("dan", 20, 60_000, 8):
@@ -1200,7 +1281,7 @@ class Doors(Story):
     SPOTS = dict(P1=1, P3=1, P5=1)
 
     def test_http_headers_that_choke_the_parser(self):
-        """Python's header parser raises what no other nonsense raises: 400 all the same."""
+        """Python's header parser raises what no other nonsense raises: a 400."""
         for kind in (f"multipart/x; boundary*{'9' * 5000}=a",
                      "multipart/x; boundary*=a; boundary*0=b"):
             web = http.client.HTTPConnection(
@@ -1346,7 +1427,7 @@ class Doors(Story):
             "/x", "/stations/P9", "/stations/P3", "/stations/P1/x", "/cars/x",
             "/cars/x/request/", "/%2e%2e/ring.py")]
         cases += [(404, "DELETE", ask), (404, "POST", "/x", good), (405, "GET", ask)]
-        cases += [(405, method, path) for method in ("POST", "PUT", "DELETE", "HEAD")
+        cases += [(405, method, path) for method in ("POST", "PUT", "DELETE", "HEAD", "TRACE")
                   for path in ("/", "/status", "/city", "/stations/P1", "/cars")]
         cases += [(415, "POST", ask, good, kind) for kind in (None, "text/plain", "x")]
         cases += [(status, "POST", ask, good, "application/json", length)
