@@ -438,6 +438,7 @@ class MqttServer:
         self.retained, self.retained_bytes = {}, 0
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
+        """The client's old session goes on, unless it wants, or had, a clean one."""
         if (old := self.sessions.get(client_id)) and old.connection:
             old.connection.close("was taken over")          # [MQTT-3.1.4-2]
         if clean and client_id in self.sessions:
@@ -501,6 +502,17 @@ class MqttServer:
 
 
 # ===== 3. The fog node: what is near, free and alive ==================================
+# A request's way through this chapter:
+#
+#     on_request -> answer -> serve -> find_spot -> hold -> "hold" ---> station
+#                     |         |          |         ^                     |
+#                     |         |          |      on_held <--- "held" -----+
+#                     |         |          +-> walk_ring: no spot here, who has one?
+#                     |         +-> a reply within 9 s, whatever else hangs
+#                     +-> to the same id the same reply
+#
+# All of it but walk_ring runs in the one loop. Between two awaits nobody else changes
+# anything: that is all the locking there is.
 
 def may_connect(client_id: str, user: str, password: bytes) -> bool:
     """With a key set, a client id is proved by its password. Without, come in."""
@@ -566,9 +578,11 @@ class Station:
     spoke: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def is_online(self) -> bool:
+        """It said so, its will did not, and it answers when it is asked."""
         return self.online and time.monotonic() >= self.silent_until
 
     def may_have_a_spot(self, car: str) -> bool:
+        """As far as we know: its own yes may still be a no."""
         state = self.state
         return self.is_online() and (state["free"] > 0 or car in state["cars"])
 
@@ -646,6 +660,7 @@ class Fog:
     # --- what cars say
 
     def on_request(self, car: str, payload: bytes) -> None:
+        """A task for each request: one that hangs on the cloud holds nobody up."""
         request = {}
         try:
             request = read_object(payload) | {"car": car}
@@ -660,6 +675,7 @@ class Fog:
         self.send(f"cars/{request['car']}/reply", reply)
 
     def on_car_state(self, car: str, payload: bytes) -> None:
+        """For people to see. The search does not need it: a request says all."""
         if not payload:     # it has gone to another broker
             self.cars.pop(car, None)
             return
@@ -687,6 +703,8 @@ class Fog:
         return self.stations[name]
 
     def on_held(self, name: str, payload: bytes) -> None:
+        """A station's yes or no. A yes that nobody waits for would block a spot for a
+        minute, so it is undone; one that has come before is the same spot again."""
         self.speaker(name)
         held = read_object(payload)
         need(is_id(held.get("id"), 200), "no id")
@@ -703,6 +721,7 @@ class Fog:
             self.send(f"stations/{name}/release", {"id": held["id"]})
 
     def on_state(self, name: str, payload: bytes) -> None:
+        """Who is at a station. Replaced as a whole, so a lost state costs nothing."""
         station, state = self.speaker(name), read_object(payload)
         spots, free, cars = map(state.get, ("spots", "free", "cars"))
         need(state.get("station") == name, "not a station's own state")
@@ -716,6 +735,7 @@ class Fog:
         station.spoke.set()
 
     def on_online(self, name: str, payload: bytes) -> None:
+        """From the station itself, or, when it has vanished, from its will."""
         station, online = self.speaker(name), read_json(payload)
         need(isinstance(online, bool), "neither true nor false")
         if station.online != online:
@@ -755,6 +775,7 @@ class Fog:
         return reply
 
     def undo(self, finding: asyncio.Task) -> None:
+        """A spot of ours found too late is given back; elsewhere the lease ends it."""
         reply, hold_id = finding.result()
         if hold_id:
             self.send(f"stations/{reply['station']}/release", {"id": hold_id})
@@ -844,6 +865,7 @@ class Fog:
         return bool(held)
 
     async def status(self) -> dict:
+        """All that this broker knows, for the doors: the shape is in the README."""
         return {"broker": self.name, "cars": dict(self.cars),
                 "stations": {name: station.state | {"online": station.is_online()}
                              for name, station in self.stations.items()},
@@ -867,6 +889,9 @@ def drop_oldest(table: dict) -> None:
 
 
 # ===== 4. The doors: TCP for the cloud, HTTP for people ===============================
+# A thread a connection, because a thread may wait: for a slow guest, or for the cloud.
+# No thread touches the fog's tables. It hands a coroutine to the loop and waits for
+# what comes back, so the tables need no lock here either.
 
 class Doors:
     """What both doors do in their threads: check what is asked, and ask the fog.
@@ -878,6 +903,7 @@ class Doors:
         self.fog, self.loop = fog, loop
 
     def in_loop(self, coroutine):
+        """Its result, computed where all of the fog's state lives."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def answer_line(self, line: bytes, is_gone: Callable) -> dict:
@@ -927,6 +953,7 @@ class Doors:
         return {}
 
     def get_city(self, body: bytes) -> tuple[int, dict]:
+        """What the cloud says of all brokers; without it, what we know: ourselves."""
         city = self.fog.city
         found = call(*city.cloud, {"op": "city"}, CLOUD_WAIT)
         brokers = (found or {}).get("brokers")
@@ -945,6 +972,7 @@ class Doors:
         return 200, states[name[0]] if name else states
 
     def post_request(self, car: str, body: bytes) -> tuple[int, dict]:
+        """The same search as over MQTT, for whoever speaks HTTP only."""
         try:
             request = {"id": f"http-{secrets.token_hex(8)}"} | read_object(body)
             request["car"] = car
@@ -961,6 +989,7 @@ class Doors:
         return await self.fog.answer(request)
 
     def delete_request(self, car: str, body: bytes) -> tuple[int, dict | None]:
+        """What a car's `leave` is over MQTT, but for a spot that is only held."""
         if self.in_loop(self.fog.give_back(car)):
             return 204, None
         return 404, {"error": "this car holds no spot here"}
@@ -986,6 +1015,7 @@ class Http(http.server.BaseHTTPRequestHandler):
             return self.send_error(400, "headers that make no sense")
 
     def do(self):
+        """Any method: first who asks, then for what, then how, then with which body."""
         methods = self.server.answer(self.path)
         said = self.headers.get("Authorization", "").encode("latin-1", "replace")
         scheme, _, key = said.decode(errors="replace").partition(" ")
@@ -1184,6 +1214,9 @@ PAGE_POLICY = page_policy(PAGE)
 
 
 # ===== 5. Starting and stopping =======================================================
+# Who is connected how: stations and cars by a `Link`, whose paho client lives in their
+# own thread; the fog node by nothing at all, as it is inside the server (chapter 2);
+# or, with --external-mqtt, by an `ExternalServer`, whose paho client has a thread.
 
 def mqtt_client(client_id: str) -> paho.Client:
     """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
@@ -1233,6 +1266,8 @@ class Link:
             raise ConnectionError(f"does not speak MQTT ({fault})") from None
 
     def check(self, code: int) -> None:
+        """paho returns its errors; a life that reads from top to bottom wants them
+        raised, at whatever step the connection has ended."""
         if code == paho.MQTT_ERR_CONN_REFUSED:
             raise ConnectionError("refuses us: is EV_KEY the same on both sides?")
         if code != paho.MQTT_ERR_SUCCESS:
@@ -1275,6 +1310,7 @@ class ExternalServer:
             self.loop.call_soon_threadsafe(callback, message.topic, message.payload))
 
     def on_connect(self, client, data, flags, code, properties) -> None:
+        """Every time: a server that was started again knows no subscriptions."""
         self.tell(f"<- mqtt     somebody else's server says: {code}")
         if code.is_failure:
             return

@@ -80,6 +80,7 @@ class Car:
         self.stopping = threading.Event()       # set by the main thread
 
     def live(self) -> None:
+        """Connection after connection; what the car is doing outlives each of them."""
         told, failures = set(), 0
         while self.charges and not self.stopping.is_set():
             try:
@@ -119,6 +120,7 @@ class Car:
         self.tell(f"-> {self.broker.name:<8} connected at {self.at}{whose}")
 
     def watch_station(self) -> None:
+        """Its state tells whether we are charging there: its word counts, not ours."""
         if self.offer and self.offer["broker"] == self.broker.name:
             station = self.offer["station"]
             self.link.subscribe(f"{self.broker.name}/stations/{station}/state")
@@ -147,10 +149,12 @@ class Car:
                           retain=True)
 
     def become(self, doing: str) -> None:
+        """The next step of its life begins."""
         self.doing = doing
         self.publish_state()
 
     def say_goodbye(self) -> None:
+        """Nobody shall have to wait for our lease, or be told by our will."""
         if self.offer:
             self.give_back(self.offer)
         self.link.publish(self.topic("state"), self.state("offline"), retain=True)
@@ -169,6 +173,7 @@ class Car:
         return time.monotonic() - began
 
     def hear(self, message) -> None:
+        """Only note it: the step of life that waits for it will see it."""
         try:
             fields = read_object(message.payload)
             if message.topic == self.topic("reply"):
@@ -201,6 +206,8 @@ class Car:
         return "driving"
 
     def ask(self) -> str:
+        """Ask for a spot. The broker repeats its reply to the same id, so asking a
+        second time can do no harm; after that the broker counts as dead."""
         self.request_id, self.reply = f"{self.name}-{next(self.numbers)}", None
         km = max(0.0, self.battery / 100 * FULL - self.offset - self.behind)
         self.tell(f"-> {self.broker.name:<8} {self.request_id} asks for a spot at "
@@ -217,6 +224,7 @@ class Car:
         raise ConnectionError("no reply")
 
     def understand(self, reply: dict) -> str:
+        """Go there; or wait; or, where asking again from here is in vain, drive on."""
         if reply["station"]:
             self.accept(reply)
             return "going"
@@ -231,6 +239,7 @@ class Car:
         return "waiting"
 
     def accept(self, offer: dict) -> None:
+        """A car has one spot: the one it had before is somebody else's from now on."""
         self.tell(f"<- {self.broker.name:<8} {self.request_id} {offer['station']} at "
                   f"{offer['broker']}, {offer['km']} km by {'-'.join(offer['route'])} "
                   f"(asked {', '.join(offer['asked'])})")
@@ -242,12 +251,15 @@ class Car:
         self.watch_station()
 
     def wait(self) -> str:
+        """As long as the broker has said; the car stays where it is."""
         end = time.monotonic() + self.retry
         while time.monotonic() < end:
             self.pause()
         return "asking"
 
     def go(self) -> str:
+        """The offered way. First it connects to the broker there: while it drives, a
+        hold is all that keeps its spot, and plugging in needs that broker."""
         if self.offer["broker"] != self.broker.name:
             self.move_to(self.city.ring.find(self.offer["broker"]))
         while self.behind > 0:
@@ -339,6 +351,7 @@ class Rush:
         return self.report(seconds)
 
     def connect(self) -> None:
+        """One connection for each server, however many brokers share it."""
         servers = {}
         for broker in self.city.ring:
             address = broker.host, broker.mqtt
@@ -355,6 +368,7 @@ class Rush:
             "id": request_id, "at": self.cars[car], "range": FULL})
 
     def listen(self, seconds: float) -> None:
+        """Wait for all brokers at once, and hear whichever has something to say."""
         links = {link.client.socket(): link for link in self.links.values()}
         if None in links:
             raise ConnectionError("a broker has hung up")
@@ -365,6 +379,7 @@ class Rush:
                     self.hear(read_object(links[ready].inbox.popleft().payload))
 
     def hear(self, reply: dict) -> None:
+        """Note how a car fared, and when."""
         request_id = reply.get("id")
         if request_id not in self.ids or not is_reply(self.city, reply, request_id):
             return      # another car's, or an earlier rush's
@@ -386,6 +401,7 @@ class Rush:
             link.close()
 
     def report(self, seconds: float) -> int:
+        """The table. A spot promised to two of our cars counts as `twice`, too."""
         replies = self.replies.values()
         promised = collections.Counter(reply["station"] for reply in replies)
         over = sum(max(0, promised[station] - self.city.places[station]["spots"])

@@ -213,6 +213,7 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__(address, handler)
 
     def verify_request(self, request, client_address):
+        """Turn the newcomer away rather than fail those who are being served."""
         if room := has_room(request) and threading.active_count() < THREADS:
             return True
         self.tell(f"<- {client_address[0]} turned away: too many connections")
@@ -226,6 +227,7 @@ class Door(socketserver.ThreadingTCPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request, client_address):
+        """A connection that breaks is the guest's affair; anything else is ours."""
         fault = sys.exc_info()[1]
         if not isinstance(fault, OSError):
             crash(fault)
@@ -260,6 +262,7 @@ class Lines(socketserver.StreamRequestHandler):
             self.wfile.write(to_json(answer) + b"\n")
 
     def read_line(self) -> bytes | None:
+        """The next line, or None: it was too long, too slow, or there is none."""
         self.rfile.raw.end = time.monotonic() + LINE_WAIT
         line = self.rfile.readline(LIMIT + 1)
         if len(line) > LIMIT and not line.endswith(b"\n"):
@@ -422,6 +425,7 @@ class Demo:
             signal.signal(stop, lambda *_: self.lines.put(None))    # is lost unknown
 
     def start(self, script: str, *options: str) -> None:
+        """A part as a process of its own, as its user would start it."""
         part = subprocess.Popen(
             [sys.executable, Path(__file__).with_name(script), *options, "--config",
              self.config], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -450,6 +454,7 @@ class Demo:
             missing -= {pattern for pattern in missing if re.search(pattern, line)}
 
     def stop(self) -> None:
+        """End every part, by its process id: first asked to, then not."""
         for part in self.parts:
             part.terminate()
         for part in self.parts:

@@ -65,6 +65,7 @@ class Station:
     # --- one connection after the other
 
     def live(self) -> None:
+        """Connection after connection; the spots outlive each of them."""
         told = ""
         while not self.stopping.is_set():
             try:
@@ -138,6 +139,7 @@ class Station:
     # --- what it hears
 
     def hear(self, message) -> None:
+        """Nonsense is told in one line, and changes nothing."""
         try:
             _, _, name, verb, *_ = message.topic.split("/")
             fields = read_object(message.payload)
@@ -193,10 +195,12 @@ class Station:
         self.publish_state()
 
     def leave(self, car: str) -> None:
+        """A car wants its spot no more, held or charging."""
         if car in self.cars:
             self.free(car, "leaves")
 
     def end_leases(self) -> None:
+        """Who is not heard of loses its spot: so no dead car can block it for ever."""
         now = time.monotonic()
         for car, spot in list(self.cars.items()):
             if spot.until <= now:
@@ -209,6 +213,8 @@ class Station:
         self.publish_state()
 
     def publish_state(self) -> None:
+        """For the fog, the cars, and ourselves after a crash: so it is retained. With
+        QoS 0, as an old one that paho sends again would overwrite a newer one."""
         self.link.publish(f"{self.topic}/state", {
             "station": self.name, "spots": self.spots,
             "free": self.spots - len(self.cars),

@@ -1427,7 +1427,8 @@ class Doors(Story):
             "/x", "/stations/P9", "/stations/P3", "/stations/P1/x", "/cars/x",
             "/cars/x/request/", "/%2e%2e/ring.py")]
         cases += [(404, "DELETE", ask), (404, "POST", "/x", good), (405, "GET", ask)]
-        cases += [(405, method, path) for method in ("POST", "PUT", "DELETE", "HEAD", "TRACE")
+        cases += [(405, method, path)
+                  for method in ("POST", "PUT", "DELETE", "HEAD", "TRACE", "NEW")
                   for path in ("/", "/status", "/city", "/stations/P1", "/cars")]
         cases += [(415, "POST", ask, good, kind) for kind in (None, "text/plain", "x")]
         cases += [(status, "POST", ask, good, "application/json", length)
