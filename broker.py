@@ -68,9 +68,9 @@ UNACKED = 10_000            # messages on their way to one connected client, or 
 KEPT, KEPT_BYTES = 1_000, 512 * 1024    # messages kept for an absent client
 ABSENT = 1_000              # sessions of absent clients
 RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together, with topics
-OVERHEAD = 500              # bytes that Python needs to keep a message
-UNACKED_BYTES = 16 * 1024 * 1024    # of what a connected client has not acknowledged
-CHUNK = 8 * 1024            # bytes read of one client before it is the others' turn
+BLOCK = 4095                # each counts in blocks of 4 KiB: if it grows it has room
+UNACKED_BYTES = 4 * 1024 * 1024    # of what a connected client has not acknowledged
+TURN = 0.02                 # s for one client's packets before it is the others' turn
 FILTERS = 128 * 1024        # characters of all filters of a session: a tree node a "/"
 
 STATION_WAIT = 0.5          # s a station has to answer a hold
@@ -259,13 +259,12 @@ class Session:
         return len(self.unacked) > most or self.kept_bytes > size
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One client's socket. The loop calls buffer_updated; each packet meets a do_..."""
+class Connection(asyncio.Protocol):
+    """One client's socket. The loop calls data_received; each packet meets a do_..."""
 
     def __init__(self, server: "MqttServer"):
         self.server, self.closed = server, False
-        self.session: Session | None = None     # from CONNECT on
-        self.will: Message | None = None
+        self.session, self.will = None, None    # from CONNECT on
         self.buffer, self.out, self.waiting = bytearray(), [], 0    # bytes in `out`
         self.patience, self.deadline = CONNECT_WAIT, time.monotonic() + CONNECT_WAIT
 
@@ -278,15 +277,14 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error) -> None:
         self.close(f"vanished: {error}" if error else "vanished")
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self.server.chunk    # one for all: what is in it is taken out at once
-
-    def buffer_updated(self, count: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Cut whole packets off what has come: it may hold half a one, or very many."""
-        self.buffer += self.server.chunk[:count]
-        at = 0
+        self.buffer += data
+        self.transport.resume_reading()
+        at, body, end = 0, None, time.monotonic() + TURN
         try:
-            while not self.closed and (body := find_body(self.buffer, at)):
+            while (not self.closed and (body := find_body(self.buffer, at))
+                   and time.monotonic() < end):
                 self.handle(Packet(self.buffer[at], bytes(self.buffer[body])))
                 at = body.stop
         except (ProtocolError, UnicodeError) as fault:
@@ -294,6 +292,9 @@ class Connection(asyncio.BufferedProtocol):
         if at:
             del self.buffer[:at]
             self.deadline = time.monotonic() + self.patience        # [MQTT-3.1.2-24]
+        if body and not self.closed:    # there is more, but it is the others' turn
+            self.transport.pause_reading()
+            self.server.loop.call_soon(self.data_received, b"")
 
     def handle(self, packet: Packet) -> None:
         require((packet.kind == CONNECT) != bool(self.session),     # [MQTT-3.1.0-1], 2
@@ -374,7 +375,7 @@ class Connection(asyncio.BufferedProtocol):
         for topic_filter, qos in wanted if room else ():
             filters.add(topic_filter)
             self.server.tree.add(topic_filter, self.session, qos)
-            self.server.send_retained(self.session, topic_filter, qos)
+        self.server.send_retained(self.session, dict(wanted if room else ()))
 
     def do_unsubscribe(self, packet: Packet) -> None:
         packet_id, filters = packet.packet_id(), set()
@@ -407,13 +408,13 @@ class Connection(asyncio.BufferedProtocol):
             self.flush()
 
     def flush(self) -> None:
-        """Who is too slow is closed soon: not in the middle of a message to many."""
-        if not self.closed and self.out:
+        if self.out and not self.transport.is_closing():
             self.transport.write(b"".join(self.out))
-            self.out, self.waiting = [], 0
             if (self.transport.get_write_buffer_size() > SLOW
                     or self.session and self.session.is_full()):
                 self.server.loop.call_soon(self.close, "is too slow")
+                self.transport.abort()      # its will waits until all have this message
+        self.out, self.waiting = [], 0
 
     def close(self, why: str) -> None:
         """However a connection ends, it ends here, once: the session, then the will."""
@@ -433,12 +434,10 @@ class MqttServer:
         self.brokers, self.tell = brokers, tell
         self.connections: set[Connection] = set()
         self.sessions: dict[str, Session] = {}
-        self.absent: dict[Session, None] = {}   # who is longest away stands first
-        self.tree, self.chunk = TopicTree(), bytearray(CHUNK)
-        self.retained, self.retained_bytes = {}, 0
+        self.absent: dict[Session, int] = {}    # the longest away first: its filters
+        self.tree, self.retained, self.retained_bytes = TopicTree(), {}, 0
 
     def open_session(self, connection: Connection, client_id: str, clean: bool) -> None:
-        """The client's old session goes on, unless it wants, or had, a clean one."""
         if (old := self.sessions.get(client_id)) and old.connection:
             old.connection.close("was taken over")          # [MQTT-3.1.4-2]
         if clean and client_id in self.sessions:
@@ -458,10 +457,12 @@ class MqttServer:
         self.tell(f"<- {session.client_id if session else 'somebody':<8} {why}")
         if session:
             session.connection = None
-            self.absent[session] = None
+            self.absent[session] = sum(map(len, session.filters))
             session.keep_bounds()
-            if session.clean or len(self.absent) > ABSENT:
-                self.drop(session if session.clean else next(iter(self.absent)))
+            if session.clean:
+                self.drop(session)
+            while len(self.absent) > ABSENT or sum(self.absent.values()) > FILTERS:
+                self.drop(next(iter(self.absent)))
         if connection.will:
             self.publish(*connection.will)                  # [MQTT-3.1.2-8]
 
@@ -474,13 +475,14 @@ class MqttServer:
         """`callback(topic, payload)` for each message: a subscriber without socket."""
         self.tree.add(topic_filter, Inside(callback), 0)
 
-    def send_retained(self, session: Session, topic_filter: str, qos: int) -> None:
-        """To a new subscription, with the retain flag on. [MQTT-3.3.1-6], 8"""
-        tree, wild = TopicTree(), {"+", "#"} & set(topic_filter)
-        tree.add(topic_filter, session, qos)
-        for topic in list(self.retained) if wild else [topic_filter]:
-            if topic in self.retained and tree.match(topic):
-                session.deliver(self.retained[topic], qos)
+    def send_retained(self, session: Session, wanted: dict[str, int]) -> None:
+        """To new subscriptions, with the retain flag on. [MQTT-3.3.1-6], 8"""
+        tree, wild = TopicTree(), {"+", "#"} & set("".join(wanted))
+        for topic_filter, qos in wanted.items():
+            tree.add(topic_filter, topic_filter, qos)
+        for topic in self.retained if wild else filter(self.retained.get, wanted):
+            for granted in tree.match(topic).values():
+                session.deliver(self.retained[topic], granted)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain=False) -> None:
         """To all subscribers; if `retain`, to later ones too, unless it is empty."""
@@ -489,16 +491,15 @@ class MqttServer:
             self.forget(topic)                      # replaced or deleted [MQTT-3.3.1-5]
         if retain and payload:
             self.retained[topic] = message._replace(retain=True)
-            self.retained_bytes += len(topic) + len(payload) + OVERHEAD
-        while self.retained_bytes > RETAINED_BYTES:     # what is not the city's first
-            self.forget(next((other for other in self.retained if
-                              other.partition("/")[0] not in self.brokers), topic))
+            self.retained_bytes += len(topic) + len(payload) | BLOCK
+        if self.retained_bytes > RETAINED_BYTES:
+            self.forget(topic)                          # there is no room for it
         for subscriber, granted in self.tree.match(topic).items():
             subscriber.deliver(message, granted)
 
     def forget(self, topic: str) -> None:
         if old := self.retained.pop(topic, None):
-            self.retained_bytes -= len(topic) + len(old.payload) + OVERHEAD
+            self.retained_bytes -= len(topic) + len(old.payload) | BLOCK
 
 
 # ===== 3. The fog node: what is near, free and alive ==================================

@@ -854,6 +854,7 @@ class TooSlow(unittest.TestCase):
                 reader = broker.Connection(server)
                 reader.connection_made(mock.Mock(**{
                     "get_extra_info.return_value.fileno.return_value": 5,
+                    "is_closing.return_value": False,
                     "get_write_buffer_size.return_value": broker.SLOW + 1}))
                 reader.will = broker.Message("t", bytes(cloud_server.LIMIT))
                 server.open_session(reader, f"c{n}", True)
