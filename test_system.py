@@ -842,29 +842,56 @@ class TheSearch(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(await self.asked(None, 0.5), ["P1", "P2"])
 
 
-class TooSlow(unittest.TestCase):
-    """broker.py: a will that is one message too many for its readers, whose wills..."""
+class TooMuch(unittest.TestCase):
+    """broker.py: what the server does about it, without a socket."""
 
-    def test_they_all_fall_together(self):
-        """...and so on: they end one after the other, never one within the other."""
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            server = broker.MqttServer(set(), tell := mock.Mock())
-            server.loop = loop
-            for n in range(200):
-                reader = broker.Connection(server)
-                reader.connection_made(mock.Mock(**{
-                    "get_extra_info.return_value.fileno.return_value": 5,
-                    "is_closing.return_value": False,
-                    "get_write_buffer_size.return_value": broker.SLOW + 1}))
-                reader.will = broker.Message("t", bytes(cloud_server.LIMIT))
-                server.open_session(reader, f"c{n}", True)
-                server.tree.add("t", reader.session, 0)
-            loop.call_soon(server.publish, "t", b"x")   # each will is flushed at once
-            for _ in range(1_000):      # times round the loop
-                loop.run_until_complete(asyncio.sleep(0))
-        self.assertEqual((server.connections, server.sessions), (set(), {}))
-        self.assertEqual(len([call for call in tell.mock_calls
+    def setUp(self):
+        self.server = broker.MqttServer(set(), mock.Mock())
+        self.server.loop = asyncio.new_event_loop()
+        self.addCleanup(self.server.loop.close)
+
+    def reader(self, name):
+        """It subscribes to t, and never reads."""
+        reader = broker.Connection(self.server)
+        reader.connection_made(transport := mock.Mock(**{
+            "get_extra_info.return_value.fileno.return_value": 5,
+            "is_closing.return_value": False,
+            "get_write_buffer_size.return_value": broker.SLOW + 1}))
+        transport.abort = lambda: transport.configure_mock(
+            **{"is_closing.return_value": True})
+        self.server.open_session(reader, name, True)
+        self.server.tree.add("t", reader.session, 0)
+        return reader
+
+    def test_nothing_more_for_who_is_too_slow(self):
+        """However much comes before the loop has come round to end it."""
+        eve = self.reader("eve")
+        for _ in range(100):
+            self.server.publish("t", bytes(cloud_server.LIMIT))
+        self.assertEqual(eve.transport.write.call_count, 1)
+        self.assertEqual(eve.out, [])
+
+    def test_wills_that_are_too_much_for_others(self):
+        """...whose wills are, too: one ends after the other, never one within it."""
+        for n in range(200):
+            will = broker.Message("t", bytes(cloud_server.LIMIT))
+            self.reader(f"c{n}").will = will    # so large that it is flushed at once
+        self.server.loop.call_soon(self.server.publish, "t", b"x")
+        for _ in range(1_000):      # times round the loop
+            self.server.loop.run_until_complete(asyncio.sleep(0))
+        self.assertEqual((self.server.connections, self.server.sessions), (set(), {}))
+        self.assertEqual(len([call for call in self.server.tell.mock_calls
                               if "too slow" in str(call)]), 200)
+
+    def test_a_full_store_of_retained_messages(self):
+        """What comes new finds no room; a station's state that grows keeps its own."""
+        self.server.publish("P1", b"{}", retain=True)
+        for guest in bytes(60_000), b"small":
+            for n in range(2_000):
+                self.server.publish(f"{len(guest)}/{n}", guest, retain=True)
+        self.assertTrue(1_000 < len(self.server.retained) < 1_200)
+        self.server.publish("P1", bytes(3_000), retain=True)
+        self.assertEqual(self.server.retained["P1"].payload, bytes(3_000))
 
 
 class Frames(unittest.TestCase):
