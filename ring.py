@@ -1,31 +1,34 @@
-"""The ring: which broker comes after which, and the map of the city.
+"""The ring: which broker comes after which. And the city: places, roads and stations.
 
         server1 --next--> server2 --next--> server3
            ^                                   |
            +----------------next---------------+
 
-A circular linked list: each broker knows the next one, and the last one's next is the
-first. Whoever has no free spot asks the next broker, then that one's next, until
-somebody says yes or the walk is back where it began: nobody is missed, nobody is asked
-twice. This file also checks what others wrote: servers.json, the one file that
-describes the city, and every JSON text from the network. It opens no socket.
+The ring is a circular linked list: each broker knows the next one, and the last one's
+next is the first. A broker without a free spot asks the next broker, then the one after
+that, until one says yes or the walk is back where it began. So nobody is missed, and
+nobody is asked twice.
 
-Read next: cloud_server.py, which walks this ring for the brokers.
+The second chapter checks what others wrote: what a message must look like is written
+down once, as data (its shape), and `fit` holds a message against it. The third reads
+servers.json, the one file that describes the city, and finds the shortest ways on its
+roads. Nothing here opens a socket.
+
+Read next: cloud_server.py, which walks this ring.
 Left out on purpose: brokers that join or leave while the city runs.
 """
 
+import functools
+import heapq
 import json
 import math
-import sys
-import time
-from dataclasses import dataclass
+from time import monotonic
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, NamedTuple
 
 SERVERS = Path(__file__).with_name("servers.json")
-ASK = 1.5   # s to wait for one broker's answer; its own stations have 1.2 s to give it
-WALK = 4.0  # s for the whole walk: whoever asked the cloud waits for 4.5 s
-FINITE = sys.float_info.max     # what is greater is infinite
+BROKER_WAIT = 1.5   # s for one broker's answer: its own stations may take 1 s of them
+WALK_WAIT = 3.5     # s for a whole walk: whoever asked the cloud for it waits 4 s
 
 
 # --- The circular linked list ---------------------------------------------------------
@@ -33,182 +36,309 @@ FINITE = sys.float_info.max     # what is greater is infinite
 class Broker:
     """One node of the ring: a broker's name, its addresses, and the next broker."""
 
-    def __init__(self, name: str, host: str, mqtt: int, http: int, tcp: int):
-        self.name, self.host = name, host
-        self.mqtt, self.http, self.tcp = mqtt, http, tcp
-        self.next = self    # a ring of one: it is its own neighbour
+    def __init__(self, name, host, mqtt, http, tcp):
+        self.name = name
+        self.host = host
+        self.mqtt = mqtt            # the port of its door for stations and cars,
+        self.http = http            # of the one for people, and (with the host)
+        self.address = host, tcp    # the one for the cloud and the other brokers
+        self.next = self            # a ring of one: it is its own neighbour
+
+    def others(self):
+        """Each other broker once, in the order of the ring, from the next one on."""
+        node = self.next
+        while node is not self:
+            yield node
+            node = node.next
 
 
 class Ring:
     """A circular linked list of brokers. Iterating goes round once, from the first."""
 
     def __init__(self):
-        self.last: Broker | None = None     # its next is the first
+        self.first = None
+        self.last = None
 
-    def append(self, broker: Broker) -> None:
+    def append(self, broker):
         """Put the broker between the last one and the first."""
-        if self.last:
-            broker.next, self.last.next = self.last.next, broker
+        if self.first is None:
+            self.first = broker
+        else:
+            self.last.next = broker
+        broker.next = self.first
         self.last = broker
 
-    def __iter__(self) -> Iterator[Broker]:
-        node = self.last
-        while node:
-            yield node.next
-            node = node.next if node.next is not self.last else None
+    def __iter__(self):
+        yield self.first
+        yield from self.first.others()
 
-    def find(self, name: str) -> Broker | None:
-        return next((node for node in self if node.name == name), None)
+    def find(self, name):
+        """The broker of this name, or None."""
+        for broker in self:
+            if broker.name == name:
+                return broker
+        return None
 
 
-def walk(home: Broker, ask: Callable[[Broker, float], dict | None],
-         seconds: float = WALK) -> tuple[dict | None, list[str]]:
-    """Ask each broker after `home` in turn until one says yes or the round is over.
+def walk(brokers: Iterable[Broker], ask: Callable):
+    """Ask one broker after the other until one offers a spot, for WALK_WAIT at most.
 
-    `ask(broker, seconds)` returns an offer, a refusal, or None for no answer in time.
-    Returns the offer, or else the last refusal (None: nobody answered), and the names
-    of all who were asked, in order. Takes at most `seconds`.
+    `ask(broker, seconds)` returns an offer, or None: no spot, or no answer in time.
+    Returns (offer or None, the names of all who were asked, in order).
     """
-    end = time.monotonic() + seconds
-    refusal, asked, node = None, [], home.next
-    while node is not home and (left := end - time.monotonic()) > 0:
-        asked.append(node.name)
-        answer = ask(node, min(ASK, left))
-        if answer and answer.get("station"):
-            return answer, asked
-        refusal = answer or refusal
-        node = node.next
-    return refusal, asked
+    end = monotonic() + WALK_WAIT
+    asked = []
+    for broker in brokers:
+        left = end - monotonic()
+        if left <= 0:
+            break
+        asked.append(broker.name)
+        offer = ask(broker, min(BROKER_WAIT, left))
+        if offer is not None:
+            return offer, asked
+    return None, asked
 
 
 # --- Checking what others wrote -------------------------------------------------------
+# A shape looks like the messages that fit it:
+#
+#     NAME                      one value, of a kind that passes a test
+#     [NAME]                    a list of such values
+#     {NAME: USE}               an object with such keys and such values
+#     {"id": ID, "at": NAME}    an object with these fields; any other field is dropped,
+#     Optional(ID)              and one like this may be missing
+#     OrNull({"id": ID, ...})   such a thing, or null
 
-def need(condition, fault: str, error: type = ValueError) -> None:
-    """What must be true of what others wrote; for what we wrote, tests."""
+class Invalid(Exception):
+    """What somebody else wrote is not what it must be. The text says why."""
+
+
+class Kind(NamedTuple):
+    """The shape of one value."""
+    words: str          # what it must be, for the error message
+    holds: Callable     # the test: value -> bool
+
+
+class Optional(NamedTuple):
+    """The shape of a field that may be missing."""
+    shape: object
+
+
+class OrNull(NamedTuple):
+    """The shape of something that may be null."""
+    shape: object
+
+
+def need(condition, why: str):
     if not condition:
-        raise error(fault)
+        raise Invalid(why)
 
 
-def read_json(text: bytes | str, pairs: Callable | None = None):
-    """The value of a JSON text in UTF-8. Raises ValueError for whatever is not one.
+def fit(shape, value, what: str):
+    """`value`, reduced to what its shape knows. Raises Invalid, which names the fault.
 
-    `pairs` makes something else than a dict of an object's (name, value) pairs.
+    This checks untrusted input. Our own invariants are covered by tests.
+    """
+    if isinstance(shape, OrNull):
+        if value is None:
+            return None
+        shape = shape.shape
+    if isinstance(shape, Kind):
+        if not shape.holds(value):
+            raise Invalid(f"{what} must be {shape.words}")
+        return value
+    if isinstance(shape, list):
+        need(isinstance(value, list), f"{what} must be a list")
+        return [fit(shape[0], item, what) for item in value]
+    need(isinstance(value, dict), f"{what} must be an object")
+    [first, *_] = shape
+    if isinstance(first, Kind):         # {NAME: USE}: any names
+        for key in value:
+            fit(first, key, what)
+        shape = dict.fromkeys(value, shape[first])
+    return fit_fields(shape, value, what)
+
+
+def fit_fields(shape: dict, value: dict, what: str) -> dict:
+    found = {}
+    for key, inner in shape.items():
+        where = f"{what}.{key}"
+        if isinstance(inner, Optional):
+            if key not in value:
+                continue
+            inner = inner.shape
+        need(key in value, f"{where} is missing")
+        found[key] = fit(inner, value[key], where)
+    return found
+
+
+def read_json(text: bytes, pairs: Callable | None = None):
+    """The value of a JSON text in UTF-8. Raises Invalid for whatever is not one.
+
+    `pairs` makes something else than a dict of an object's (key, value) pairs.
     """
     try:
-        text = text if isinstance(text, str) else str(text, "utf-8")
-        return json.loads(text, object_pairs_hook=pairs)
-    except RecursionError:      # of the text's making: no fault of ours
-        raise ValueError("nested too deep") from None
+        return json.loads(str(text, "utf-8"), object_pairs_hook=pairs)
+    except RecursionError:
+        raise Invalid("not JSON: nested too deep") from None
+    except ValueError as fault:     # bad UTF-8, bad JSON, or a number without an end
+        raise Invalid(f"not JSON: {fault}") from None
 
 
-def read_object(text: bytes | str) -> dict:
-    """The same, for a JSON object."""
+def read_object(text: bytes) -> dict:
     value = read_json(text)
     need(isinstance(value, dict), "not a JSON object")
     return value
 
 
+def is_id(text, longest=64) -> bool:
+    """Printable text. (Control characters and lone surrogates are not printable.)"""
+    if not isinstance(text, str):
+        return False
+    return 1 <= len(text) <= longest and text.isprintable()
+
+
 def is_name(text) -> bool:
-    """Fit to be a name: it becomes a level of MQTT topics, a client id, a log line."""
-    return (isinstance(text, str) and 1 <= len(text) <= 64 and text.isprintable()
-            and not set(text) & set("/+#"))
+    """A name becomes a level of MQTT topics, a client id, and a word in the log."""
+    if not is_id(text):
+        return False
+    return "/" not in text and "+" not in text and "#" not in text
 
 
-def is_number(value, low: float, high: float) -> bool:
-    """A number from low to high. NaN is none, nor are True and False (Python's are)."""
-    return type(value) in (int, float) and low <= value <= high
+def number(words: str, low: float, high: float, *types: type) -> Kind:
+    """NaN is no number from low to high; nor is True, though Python takes it for 1."""
+    kinds = types or (int, float)
+    return Kind(words, lambda value: type(value) in kinds and low <= value <= high)
 
 
-# --- servers.json ---------------------------------------------------------------------
+def whole(low: int, high: int) -> Kind:
+    return number(f"a whole number from {low} to {high}", low, high, int)
 
-@dataclass(frozen=True)
+
+def one_of(*texts: str) -> Kind:
+    return Kind(" or ".join(texts), lambda value: value in texts)
+
+
+NAME = Kind("a name: 1 to 64 printable characters without / + #", is_name)
+ID = Kind("1 to 64 printable characters", is_id)
+KM = number("a number of km", 0, 1e9)
+SPOTS = whole(1, 200)
+
+
+# --- The city -------------------------------------------------------------------------
+
+def is_host(text) -> bool:
+    if not is_id(text, 253) or " " in text:
+        return False
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
+COORDINATE = number("a finite number of km", -1e150, 1e150)
+HOST = Kind("a host name or an address", is_host)
+PORT = whole(1, 65535)
+FILE = {    # servers.json
+    "cloud": {"host": HOST, "port": PORT},
+    "brokers": [{"name": NAME, "host": HOST, "mqtt": PORT, "http": PORT, "tcp": PORT}],
+    "places": {NAME: {"at": [COORDINATE], "broker": NAME, "spots": Optional(SPOTS)}},
+    "roads": [[NAME]],
+}
+
+
+class Way(NamedTuple):
+    """The shortest way to a place."""
+    km: float
+    route: list[str]    # from the start to the place: ["A", "C", "P3"]
+
+
 class City:
-    """What servers.json says, checked. Nobody ever changes it."""
-    cloud: tuple[str, int]      # host, port
-    ring: Ring
-    places: dict[str, dict]     # {"P1": {"at": [1, 1], "broker": "server1", ...
-    roads: list[list[str]]      # [["A", "P1"], ...]
+    """What servers.json says. Nobody ever changes it, so every thread may read it."""
 
-    def km(self, a: str, b: str) -> float:
-        """The straight distance between two places."""
-        return math.dist(self.places[a]["at"], self.places[b]["at"])
+    def __init__(self, data: dict):
+        cloud = data["cloud"]
+        self.cloud = cloud["host"], cloud["port"]       # its address
+        self.places = data["places"]    # {"P1": {"at": [1, 1], "broker": "server1", ...
+        self.roads = data["roads"]      # [["A", "P1"], ...]
+        self.ring = Ring()
+        for entry in data["brokers"]:
+            self.ring.append(Broker(**entry))
+        self.neighbours = {place: [] for place in self.places}
+        for a, b in self.roads:
+            self.neighbours[a].append(b)
+            self.neighbours[b].append(a)
 
-    def stations(self, broker: str | None = None) -> list[str]:
+    def broker_of(self, place):
+        return self.ring.find(self.places[place]["broker"])
+
+    def stations(self, broker=None) -> list[str]:
         """The names of the stations, of all or of one broker's region."""
         return [name for name, place in self.places.items()
                 if "spots" in place and broker in (None, place["broker"])]
 
+    def length(self, a, b) -> float:
+        """Of the road between two places, in km: it is straight."""
+        start = self.places[a]["at"]
+        end = self.places[b]["at"]
+        return math.dist(start, end)
+
+    def ways(self, start: str) -> dict[str, Way]:
+        """Dijkstra's algorithm: the shortest way from `start` to each place that can be
+        reached, the nearest place first: {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
+        found = {}
+        frontier = [Way(0.0, [start])]      # a heap: the shortest way is on top
+        while frontier:
+            way = heapq.heappop(frontier)
+            here = way.route[-1]
+            if here in found:
+                continue
+            found[here] = way
+            for place in self.neighbours[here]:
+                km = way.km + self.length(here, place)
+                heapq.heappush(frontier, Way(km, [*way.route, place]))
+        return found
+
+    @functools.cache    # the roads never change, so each start is searched from once
+    def ways_to_stations(self, start: str) -> dict[str, Way]:
+        """The stations that can be reached from `start`, the nearest first."""
+        ways = self.ways(start)
+        return {place: ways[place] for place in ways if "spots" in self.places[place]}
+
 
 def load(path) -> City:
-    """Read and check a servers.json. Raises ValueError naming the file and fault."""
+    """Read and check a servers.json. Raises Invalid, which names the file and fault."""
     try:
-        data = read_json(Path(path).read_bytes(), unique_keys)
-        need(isinstance(data, dict), "the file must hold one JSON object")
-        for key, kind in {"cloud": dict, "brokers": list, "places": dict,
-                          "roads": list}.items():
-            need(isinstance(data.get(key), kind), f'"{key}" must be a {kind.__name__}')
-        ring = read_brokers(data["brokers"])
-        check_places(data["places"], ring)
-        check_roads(data["roads"], data["places"])
-        cloud = read_address(data["cloud"], "the cloud", "port")
-    except (OSError, ValueError) as fault:
-        why = fault.strerror if isinstance(fault, OSError) else fault
-        raise ValueError(f"{path}: {why}") from None
-    return City(cloud, ring, data["places"], data["roads"])
+        text = Path(path).read_bytes()
+        data = fit(FILE, read_json(text, unique_keys), "the file")
+        check_city(data)
+    except OSError as fault:
+        raise Invalid(f"{path}: {fault.strerror}") from None
+    except Invalid as fault:
+        raise Invalid(f"{path}: {fault}") from None
+    return City(data)
 
 
 def unique_keys(pairs: list) -> dict:
     found = dict(pairs)
-    need(len(found) == len(pairs),
-         f"a key is given twice: {[key for key, _ in pairs]}")
+    need(len(found) == len(pairs), f"a key is given twice, one of {list(found)!s:.99}")
     return found
 
 
-def read_address(entry: dict, who: str, *ports: str) -> tuple:
-    """The host, then the ports of these names."""
-    host = entry.get("host")
-    need(isinstance(host, str) and host and host.isprintable() and " " not in host,
-         f'{who}: "host" must be a host name or an address')
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        raise ValueError(f'{who}: "host" is no host name') from None
-    for port in ports:
-        need(type(entry.get(port)) is int and 1 <= entry[port] <= 65535,
-             f'{who}: "{port}" must be a port from 1 to 65535')
-    return host, *(entry[port] for port in ports)
-
-
-def read_brokers(entries: list) -> Ring:
-    ring = Ring()
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        need(is_name(name), f"not a good name for a broker: {name!a:.99}")
-        need(not ring.find(name), f"broker {name} is given twice")
-        ring.append(Broker(name, *read_address(entry, name, "mqtt", "http", "tcp")))
-    need(ring.last, "there are no brokers")
-    return ring
-
-
-def check_places(places: dict, ring: Ring) -> None:
+def check_city(data: dict):
+    """What the shape of the file cannot say."""
+    places = data["places"]
+    brokers = [entry["name"] for entry in data["brokers"]]
+    need(brokers, "there are no brokers")
     need(places, "there are no places")
+    for name in brokers:
+        need(brokers.count(name) == 1, f"broker {name} is given twice")
+        need(name not in places, f"{name} is a broker and a place")
     for name, place in places.items():
-        need(is_name(name), f"not a good name for a place: {name!a:.99}")
-        need(not ring.find(name), f"{name} is a broker and a place")
-        need(isinstance(place, dict), f"place {name} must be a JSON object")
-        at, broker, spots = place.get("at"), place.get("broker"), place.get("spots", 1)
-        need(isinstance(at, list) and len(at) == 2
-             and all(is_number(x, -FINITE, FINITE) for x in at),
-             f'place {name}: "at" must be two finite numbers')
-        need(isinstance(broker, str) and ring.find(broker),
-             f"place {name} belongs to an unknown broker: {broker!a:.99}")
-        need(type(spots) is int and 1 <= spots <= 1000,
-             f'place {name}: "spots" must be a whole number from 1 to 1000')
-
-
-def check_roads(roads: list, places: dict) -> None:
-    for road in roads:
-        need(isinstance(road, list) and len(road) == 2
-             and all(isinstance(end, str) and end in places for end in road),
-             f"a road to nowhere: {road!a:.99}")
-        need(road[0] != road[1], f"a road from {road[0]} to itself")
+        need(len(place["at"]) == 2, f"place {name}: at must be two numbers")
+        need(place["broker"] in brokers, f"place {name}: its broker is unknown")
+    for road in data["roads"]:
+        ends = set(road)
+        need(len(road) == 2 and len(ends) == 2, f"a road must join two places: {road}")
+        need(ends <= places.keys(), f"a road to nowhere: {road}")

@@ -1,241 +1,386 @@
 """A charging station: it owns its spots, and nobody else does.
 
-        fog --hold--> STATION --held: yes / no--> fog       a spot is kept for a car
-        car --plug--> STATION     again and again: renews   the car charges
-        car --leave-> STATION <--release-- fog              the spot is free again
-                      STATION --state, online--> all       (retained)
+        fog --claim----> STATION --answer: yes / no--> fog     the first claim for a car
+        car --claim----> STATION        again and again, while it needs its spot
+        car --leave----> STATION        it does not need it any more
+                         STATION --state, online--> all        (retained)
 
-The life of a spot:  free -> held (60 s) -> charging (15 s after the last plug) -> free
+The life of a spot:   free --claim--> held --claim--> charging --leave--> free
+                                        +----15 s without a claim----------^
 
-Every promise ends by itself: a hold or a plug is a lease, and a car that is never heard
-of again loses its spot when the lease has run out. What a station said last is kept by
-its broker (a retained message); after a crash it reads that back before it promises
-anything.
+Every promise is a lease: it ends by itself unless it is claimed again. So nothing ever
+has to be undone, and to claim twice is harmless (idempotent). Its broker keeps what a
+station said last, as a retained message; after a crash the station reads that back.
 
-    python3 station.py [NAME ...] [--hold S] [--lease S]    these stations; no name: all
+    python3 station.py [NAME ...] [--lease S]       these stations; no name: all
 
-One thread a station owns all of its state, and looks after its connection too: no lock.
+One thread per station owns all its state and looks after its connection: no lock. The
+first half of this file is that connection (`Client`), which cars have, too.
+
 Read next: car.py. Left out on purpose: kilowatts, prices, a memory of its own on disk.
 """
 
 import argparse
-import dataclasses
+import json
+import random
+import socket
+import struct
 import threading
-import time
+from time import monotonic, sleep
+from typing import NamedTuple
 
-from broker import Link
-from cloud_server import Story, give_up, is_id, positive, run_until_stopped, start_up
-from ring import City, is_name, need, read_object
+from paho.mqtt import client as paho
 
-HOLD = 60       # s a spot is kept for a car on its way; a drive takes less
-LEASE = 15      # s a plug counts; the car renews it every third of that
-TURN = 0.1      # s between two looks at the leases
-RESTORE = 5     # s for our own words to come back: a busy broker may need one
-RECONNECT = 1   # s before a lost broker is tried again
+from cloud_server import (KEY, SECONDS, Story, choose_names, give_up, mqtt_password,
+                          resolve, start_up, until_stopped)
+from ring import (NAME, SPOTS, Invalid, Kind, Optional, fit, is_id, one_of, read_object,
+                  whole)
+
+LEASE = 15          # s a spot stays a car's; the car claims it every third of that
+TURN = 0.1          # s between two looks at the leases, or at the road
+RECONNECT = 1       # s before a lost broker is tried again
+KEEPALIVE = 5       # s; a broker that is silent for longer counts as lost
+GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
+
+USE = one_of("held", "charging")
+CLAIM_ID = Kind("1 to 200 printable characters", lambda value: is_id(value, 200))
+BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
+CLAIM = {"use": USE, "id": Optional(CLAIM_ID)}
+ANSWER = {"id": CLAIM_ID, "car": NAME, "ok": BOOLEAN, "lease": Optional(SECONDS)}
+STATE = {"station": NAME, "spots": SPOTS, "free": whole(0, 200), "cars": {NAME: USE},
+         "life": whole(0, 2**53)}
 
 
-@dataclasses.dataclass
-class Spot:
-    """A spot that is not free."""
-    use: str        # "held" or "charging"
-    hold_id: str    # of the last hold that was said yes to; "" if there was none
-    until: float    # on the monotonic clock: then the lease has run out
+# --- The connection of a station or a car ---------------------------------------------
+# paho-mqtt speaks MQTT for us. Its client could have a thread of its own; here instead
+# a station's or car's thread lets it work, again and again (`loop`). So a message is
+# handled between two steps of that thread, and never in the middle of one: no locks.
 
-    def request(self) -> str:
-        """The car's request behind it, as it stands in every log."""
-        return self.hold_id.split("@")[0] or "-"
+def mqtt_client(client_id: str) -> paho.Client:
+    """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
+    client.on_socket_open = lambda client, data, sock: sock.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or messages wait 40 ms for an ACK
+    client.max_inflight_messages_set(1000)          # paho's 20 would make a rush queue
+    if KEY:
+        client.username_pw_set(client_id, mqtt_password(client_id))
+    return client
 
 
-class Station:
+def to_json(value) -> bytes:
+    """A payload. None is an empty one, which takes a retained message away."""
+    if value is None:
+        return b""
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+class Client:
+    """What a station and a car have in common: a name, a story, and a connection.
+
+    The connection never raises. While it is down, what is published is dropped, and
+    `look` tries to connect again. That is enough, as all that counts is said again
+    (soft state): each new connection begins with `greet`.
+
+    Each is a new paho client, so that nothing unsent of the last one comes back later.
+    It lives in the client's own thread, the one that runs `live`.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.tell = Story(name)
+        self.stopping = threading.Event()       # set by the main thread
+        self.broker = None
+        self.mqtt = None        # paho's client; None: not even a connection
+        self.is_up = False      # has the broker let us in?
+        self.inbox = []         # messages that have come in since the last look
+        self.failures = 0       # since a broker has last let us in
+        self.next_try = 0.0     # on the monotonic clock
+        self.why = ""           # a connection was lost
+        self.told = ""          # the last trouble: each is told once
+
+    def aim_at(self, broker, will_topic, will):
+        """From now on connect to this broker, with this last will."""
+        self.close()
+        self.broker = broker
+        self.will = will_topic, to_json(will)
+        self.failures = 0
+        self.next_try = 0.0
+
+    def look(self, seconds):
+        """Let paho send and receive for a moment, or connect. Returns what came in."""
+        if self.mqtt:
+            self.work(seconds)
+        elif monotonic() < self.next_try:
+            sleep(seconds)
+        else:
+            self.connect()
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def attend(self, seconds):
+        """Look, and hear what came in. An invalid message changes nothing."""
+        for message in self.look(seconds):
+            try:
+                self.hear(message)
+            except Invalid as fault:
+                self.tell("<-", message.topic, f"invalid message: {fault!s:.99}")
+
+    def connect(self):
+        self.next_try = monotonic() + RECONNECT
+        client = mqtt_client(self.name)
+        client.will_set(*self.will, qos=1, retain=True)
+        client.on_message = lambda client, data, message: self.inbox.append(message)
+        client.on_disconnect = self.note_why
+        try:
+            client.connect(resolve(self.broker.host), self.broker.mqtt, KEEPALIVE)
+            self.mqtt = client
+        except OSError as fault:
+            self.lose(f"no connection ({fault})")
+
+    def note_why(self, client, data, flags, reason, properties):
+        """Paho alone knows whether it was the broker that left, or our patience."""
+        self.why = "is silent" if "Keep alive" in str(reason) else "has hung up"
+
+    def work(self, seconds):
+        try:
+            code = self.mqtt.loop(seconds)
+        except (ValueError, LookupError, TypeError, struct.error) as fault:
+            return self.lose(f"does not speak MQTT ({fault})")      # for paho's parser
+        if code == paho.MQTT_ERR_CONN_REFUSED:
+            self.lose("refuses us: is EV_KEY the same on both sides?")
+        elif code != paho.MQTT_ERR_SUCCESS:
+            self.lose(self.why)
+        elif self.mqtt.is_connected() and not self.is_up:
+            self.is_up = True
+            self.failures = 0
+            self.told = ""
+            self.greet()
+
+    def lose(self, why):
+        """Down. `look` will try again, after a moment."""
+        self.mqtt = None
+        self.is_up = False
+        self.failures += 1
+        if why != self.told:
+            self.tell("->", self.broker.name, f"{why}; trying again")
+        self.told = why
+
+    def subscribe(self, *topics):
+        if self.is_up:
+            self.mqtt.subscribe([(topic, 1) for topic in topics])
+
+    def unsubscribe(self, *topics):
+        if self.is_up:
+            self.mqtt.unsubscribe(list(topics))
+
+    def publish(self, topic, value, qos=1, retain=False):
+        """QoS 1 is at-least-once delivery. That it may come twice is harmless here."""
+        if self.is_up:
+            self.last = self.mqtt.publish(topic, to_json(value), qos, retain)
+
+    def close(self):
+        """Say goodbye (so there is no will) when what was published has arrived."""
+        end = monotonic() + GOODBYE_WAIT
+        while self.is_up and monotonic() < end and not self.last.is_published():
+            self.work(TURN)
+        if self.mqtt:
+            self.mqtt.disconnect()
+        self.mqtt = None
+        self.is_up = False
+
+
+def live_until_stopped(parts: list):
+    """A thread for the life of each part, to its end; Ctrl-C lets each say goodbye."""
+    threads = [threading.Thread(target=part.live, daemon=True) for part in parts]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            sleep(TURN)        # join() would keep Ctrl-C waiting on Windows
+    finally:
+        for part in parts:
+            part.stopping.set()
+        for thread in threads:
+            thread.join(2 * GOODBYE_WAIT)
+
+
+# --- The station ----------------------------------------------------------------------
+
+class Spot(NamedTuple):
+    """What a station knows of one spot."""
+    use: str        # "free", "held" or "charging"
+    until: float    # on the monotonic clock: then the lease is over
+    request: str    # the car's request, as it stands in every log, if it is known
+
+
+FREE = Spot("free", 0.0, "-")
+
+
+class Station(Client):
     """Its spots are touched by its own thread only, the one that runs `live`.
 
     At any time: len(self.cars) <= self.spots, and a car has at most one of them.
     """
 
-    def __init__(self, name: str, city: City, hold: float, lease: float):
-        self.name, self.hold, self.lease = name, hold, lease
+    def __init__(self, name, city, lease):
+        super().__init__(name)
+        broker = city.broker_of(name)
+        self.lease = lease
+        self.topic = f"{broker.name}/stations/{name}"
+        self.memory = f"{self.topic}/state", f"{self.topic}/mark"
+        self.ears = f"{broker.name}/cars/+/+/{name}"
         self.spots = city.places[name]["spots"]
-        self.broker = city.ring.find(city.places[name]["broker"])
-        self.topic = f"{self.broker.name}/stations/{name}"
-        self.cars: dict[str, Spot] = {}
-        self.restored = False
-        self.tell = Story(name)
-        self.stopping = threading.Event()       # set by the main thread
+        self.cars = {}                          # car: its Spot
+        self.life = random.randrange(2**31)     # tells us from a second one of our name
+        self.is_restored = False                # has it ever read its state back,
+        self.is_serving = False                 # and has it on this connection?
+        self.fault = ""                         # why its life has ended, if by itself
+        self.aim_at(broker, f"{self.topic}/online", False)
 
-    # --- one connection after the other
-
-    def live(self) -> None:
-        """Connection after connection; the spots outlive each of them."""
-        told = ""
+    def live(self):
         while not self.stopping.is_set():
-            try:
-                self.serve()
-            except ConnectionError as fault:
-                if str(fault) != told:          # each new trouble once
-                    self.tell(f"-> {self.broker.name:<8} {fault}; trying again")
-                told = str(fault)
-                self.stopping.wait(RECONNECT)
+            self.attend(TURN)
+            if self.is_up and self.is_serving:
+                self.end_leases(monotonic())
+        if not self.fault:
+            self.publish(f"{self.topic}/online", False, retain=True)
+        self.close()
 
-    def serve(self) -> None:
-        """From one connect to its end. Raises ConnectionError if it is lost."""
-        self.link = Link(self.broker, self.name, f"{self.topic}/online", False)
-        cars = f"{self.broker.name}/cars/+"
-        self.link.subscribe(f"{self.topic}/hold", f"{self.topic}/release",
-                            f"{cars}/plug/{self.name}", f"{cars}/leave/{self.name}")
-        if not self.restored:
-            self.restore()
-        self.publish_state()
-        self.link.publish(f"{self.topic}/online", True, retain=True)
-        self.tell(f"-> {self.broker.name:<8} serves {self.spots} spots, "
-                  f"{self.spots - len(self.cars)} of them free")
-        while not self.stopping.is_set():
-            self.link.turn(TURN)
-            while self.link.inbox:
-                self.hear(self.link.inbox.popleft())
-            self.end_leases()
-        self.link.publish(f"{self.topic}/online", False, retain=True)
-        self.link.close()
+    # --- reading its own state back: greet -> remember -> serve
 
-    def restore(self) -> None:
-        """Read our own retained state back; what else comes meanwhile waits its turn.
+    def greet(self):
+        """Ask for what we said last, before we hear any claim.
 
-        There may be none, and nothing would tell. So we say something to ourselves
-        after subscribing: when that arrives, the state has come, or never will.
+        There may be nothing, and nobody would say so. Therefore we say something to
+        ourselves (a marker message): once it is back, the state has come or never will.
         """
-        self.link.subscribe(f"{self.topic}/state", f"{self.topic}/online")
-        self.link.publish(f"{self.topic}/online", False)
-        later, back, end = [], False, time.monotonic() + RESTORE
-        while not back:
-            self.link.turn(TURN)
-            need(time.monotonic() < end and not self.stopping.is_set(),
-                 "does not give us our own words back", ConnectionError)
-            while self.link.inbox:
-                message = self.link.inbox.popleft()
-                if message.topic == f"{self.topic}/state":
-                    self.remember(message.payload)
-                elif message.topic == f"{self.topic}/online":
-                    back = back or not message.retain
-                else:
-                    later.append(message)
-        self.link.client.unsubscribe([f"{self.topic}/state", f"{self.topic}/online"])
-        self.link.inbox.extendleft(reversed(later))
-        self.restored = True
+        self.is_serving = False
+        self.subscribe(*self.memory)
+        self.publish(f"{self.topic}/mark", {})
 
-    def remember(self, payload: bytes) -> None:
-        """Who had our spots when we were last heard of; the leases begin anew."""
-        try:
-            cars = read_object(payload).get("cars")
-            need(isinstance(cars, dict) and all(
-                use in ("held", "charging") for use in cars.values()), "no cars")
-        except ValueError as fault:
-            return self.tell(f"our own last state makes no sense: {fault}")
-        now = time.monotonic()
-        for car, use in sorted(cars.items(), key=lambda item: item[1] != "charging"):
-            lease = {"held": self.hold, "charging": self.lease}.get(use)
-            if is_name(car) and lease and len(self.cars) < self.spots:
-                self.cars[car] = Spot(use, "", now + lease)
-                self.tell(f"remembers {car}: {use}")
+    def remember(self, state):
+        """Who had our spots when we were last heard of; or that we are there twice.
+
+        The first time we take over what an earlier life of ours has left. Later our own
+        words come back; and if they are another's, it was started later than we.
+        """
+        uses = state["cars"]
+        if not self.is_restored:
+            cars = sorted(uses, key=lambda car: uses[car] != "charging")
+            for car in cars[:self.spots]:
+                self.cars[car] = FREE._replace(use=uses[car])
+        elif state["life"] != self.life:
+            self.fault = f"{self.name} was started again elsewhere: that one goes on"
+            self.tell(self.fault)
+            self.stopping.set()
+
+    def serve(self):
+        """Our mark is back. All leases begin anew: while we were away, nobody could
+        claim."""
+        until = monotonic() + self.lease
+        for car, spot in self.cars.items():
+            self.cars[car] = spot._replace(until=until)
+        self.is_restored = True
+        self.is_serving = True
+        self.unsubscribe(*self.memory)
+        self.subscribe(self.ears)
+        self.publish_state()
+        self.publish(f"{self.topic}/online", True, retain=True)
+        self.tell("->", self.broker.name, "serves:", self.count())
 
     # --- what it hears
 
-    def hear(self, message) -> None:
-        """Nonsense is told in one line, and changes nothing."""
-        try:
-            _, _, name, verb, *_ = message.topic.split("/")
-            fields = read_object(message.payload)
-            if verb in ("plug", "leave"):
-                need(is_name(name), "no good name for a car")
-                self.plug(name) if verb == "plug" else self.leave(name)
-            elif verb == "hold":
-                need(is_id(fields.get("id"), 200), "no id")
-                need(is_name(fields.get("car")), "no car")
-                self.keep(fields["car"], fields["id"])
-            elif verb == "release":
-                self.release(fields)
-        except ValueError as fault:
-            self.tell(f"<- a message makes no sense: {fault!s:.99}")
+    def hear(self, message):
+        """What is only repeated to us (retained) counts for no more than our memory."""
+        match message.topic.split("/"):
+            case [_, "cars", car, "claim", _] if not message.retain:
+                claim = fit(CLAIM, read_object(message.payload), "claim")
+                self.claim(fit(NAME, car, "car"), claim)
+            case [_, "cars", car, "leave", _] if not message.retain:
+                if car in self.cars:
+                    self.free(car, "leaves")
+            case [_, "stations", _, "state"] if not self.is_serving:
+                state = read_object(message.payload)
+                self.remember(fit(STATE, state, "our last state"))
+            case [_, "stations", _, "mark"] if not message.retain:
+                if not self.fault:
+                    self.serve()
 
-    def keep(self, car: str, hold_id: str) -> None:
-        """Keep a spot for a car. Asked again, it is the same spot under the new id."""
-        spot, ok = self.cars.get(car), True
-        if spot:
-            spot.hold_id = hold_id
-            if spot.use == "held":
-                spot.until = time.monotonic() + self.hold
-        elif len(self.cars) < self.spots:
-            spot = self.cars[car] = Spot("held", hold_id, time.monotonic() + self.hold)
-            self.publish_state()        # before the yes: the fog shall know both
-        else:
-            ok = False
-        times = {"hold": self.hold, "lease": self.lease} if ok else {}
-        self.link.publish(f"{self.topic}/held",
-                          {"id": hold_id, "car": car, "ok": ok} | times)
-        self.tell(f"-> {self.broker.name:<8} {hold_id.split('@')[0]} "
-                  + (f"{spot.use} for {car}" if ok else f"no spot for {car}: full"))
+    def claim(self, car, claim):
+        """Take or renew a spot; say who is here if that has changed, or to a loser."""
+        claim_id = claim.get("id", "")
+        request, _, _ = claim_id.rpartition("@")
+        before = self.cars.get(car, FREE)
+        ok = self.take(car, claim["use"], request)
+        spot = self.cars.get(car, FREE)
+        if not ok or spot.use != before.use:
+            self.publish_state()        # before the yes: who hears it knows both
+            self.tell("<-", car, spot.request, spot.use if ok else "finds no free spot")
+        if claim_id:
+            answer = {"id": claim_id, "car": car, "ok": ok}
+            if ok:
+                answer["lease"] = self.lease
+            self.publish(f"{self.topic}/answer", answer)
 
-    def release(self, fields: dict) -> None:
-        """Undo a hold, by its id or by its car; a car that charges stays."""
-        for car, spot in list(self.cars.items()):
-            same_hold = spot.hold_id and spot.hold_id == fields.get("id")
-            if spot.use == "held" and (same_hold or car == fields.get("car")):
-                self.free(car, "released")
+    def take(self, car, use, request):
+        """The whole rule: a car has at most one spot, and whoever claims it has it for
+        one lease from now. Returns whether the car has one."""
+        spot = self.cars.get(car, FREE)
+        if spot is FREE and len(self.cars) == self.spots:
+            return False
+        if spot.use == "charging":
+            use = "charging"            # it stays plugged in, whatever comes late
+        if request == "":
+            request = spot.request
+        self.cars[car] = Spot(use, monotonic() + self.lease, request)
+        return True
 
-    def plug(self, car: str) -> None:
-        """A car has arrived, or says that it still charges."""
-        spot = self.cars.get(car)
-        if not spot and len(self.cars) >= self.spots:
-            self.tell(f"<- {car:<8} plugs in, but no spot is free")
-            return self.publish_state()         # so it does not find itself there
-        if spot and spot.use == "charging":
-            spot.until = time.monotonic() + self.lease
-            return
-        hold_id = spot.hold_id if spot else ""
-        spot = self.cars[car] = Spot("charging", hold_id, time.monotonic() + self.lease)
-        self.tell(f"<- {car:<8} {spot.request()} plugs in")
-        self.publish_state()
-
-    def leave(self, car: str) -> None:
-        """A car wants its spot no more, held or charging."""
-        if car in self.cars:
-            self.free(car, "leaves")
-
-    def end_leases(self) -> None:
-        """Who is not heard of loses its spot: so no dead car can block it for ever."""
-        now = time.monotonic()
+    def end_leases(self, now):
+        """Who is not heard of loses its spot: no dead car can block it for ever."""
         for car, spot in list(self.cars.items()):
             if spot.until <= now:
-                self.free(car, "was not heard of for too long")
+                self.free(car, "claims it no more")
 
-    def free(self, car: str, why: str) -> None:
+    def free(self, car, why):
         spot = self.cars.pop(car)
-        self.tell(f"<- {car:<8} {spot.request()} {why}: "
-                  f"{self.spots - len(self.cars)} of {self.spots} free")
         self.publish_state()
+        self.tell("<-", car, spot.request, why + ":", self.count())
 
-    def publish_state(self) -> None:
-        """For the fog, the cars, and ourselves after a crash: so it is retained. With
-        QoS 0, as an old one that paho sends again would overwrite a newer one."""
-        self.link.publish(f"{self.topic}/state", {
-            "station": self.name, "spots": self.spots,
-            "free": self.spots - len(self.cars),
-            "cars": {car: spot.use for car, spot in self.cars.items()},
-        }, qos=0, retain=True)
+    def count(self):
+        """In the words of the log."""
+        free = self.spots - len(self.cars)
+        return f"{free} of {self.spots} spots free"
+
+    def publish_state(self):
+        """For the fog, the cars, and ourselves after a crash: therefore it is retained.
+
+        With QoS 0, as the next state replaces one that is lost.
+        """
+        state = {"station": self.name, "spots": self.spots,
+                 "free": self.spots - len(self.cars),
+                 "cars": {car: spot.use for car, spot in self.cars.items()},
+                 "life": self.life}
+        self.publish(f"{self.topic}/state", state, qos=0, retain=True)
 
 
-def main() -> None:
+def positive(text: str) -> float:
+    """A number of the command line that must be more than nothing."""
+    if not SECONDS.holds(float(text)):
+        raise ValueError
+    return float(text)
+
+
+def main():
     parser = argparse.ArgumentParser(description="Charging stations of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="stations (all)")
-    parser.add_argument("--hold", metavar="S", type=positive, default=HOLD,
-                        help=f"seconds a spot is kept for a car on its way ({HOLD})")
     parser.add_argument("--lease", metavar="S", type=positive, default=LEASE,
-                        help=f"seconds a plug counts ({LEASE})")
+                        help=f"seconds a spot stays a car's without a claim ({LEASE})")
     args, city = start_up(parser)
-    for name in args.names:
-        if name not in city.stations():
-            give_up(f"{args.config}: there is no station {name!a}")
-    stations = [Station(name, city, args.hold, args.lease)
-                for name in dict.fromkeys(args.names or city.stations())]
-    run_until_stopped(stations)
+    names = choose_names(args, city.stations(), "station")
+    stations = [Station(name, city, args.lease) for name in names]
+    with until_stopped():
+        live_until_stopped(stations)
+        give_up(stations[-1].fault)     # no other end of all their lives is left
 
 
 if __name__ == "__main__":
