@@ -973,7 +973,7 @@ class Fog:
     async def serve(self, request):
         """One request, from its arrival to its reply."""
         self.tell("<-", request["car"], request["id"], "asks for a spot at",
-                  f"{request['at']} (range {request['range']:g} km)")
+                  f"{request['at']} (range {request['range']:.1f} km)")
         reply = await self.in_time(REQUEST_WAIT, self.search, request)
         where = "ring"
         if reply["station"] is None:
