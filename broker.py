@@ -90,7 +90,8 @@ def require(condition, why, *code):
 #     +------+-------+   +------------------+   +----------------------+---------+
 #      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
-ANY = None      # What clients may send, and the flags that it must have: [MQTT-2.2.2-1]
+# What clients may send, and the flags that it must have. [MQTT-2.2.2-1]
+ANY = None
 FLAGS = {CONNECT: 0b0000, PUBLISH: ANY, PUBACK: 0b0000, PUBREC: 0b0000, PUBREL: 0b0010,
          PUBCOMP: 0b0000, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010, PINGREQ: 0b0000,
          DISCONNECT: 0b0000}
@@ -253,10 +254,11 @@ def parse_connect(packet: Packet) -> Connect:
 
 def check_connect_flags(flags: int):
     require(not flags & RESERVED, "a reserved flag")                # [MQTT-3.1.2-3]
-    require(flags & WILL_QOS_BITS in WILL_QOS, "impossible QoS of the will")    # [-14]
-    if not flags & WILL:                                            # [-13], [-15]
+    possible = flags & WILL_QOS_BITS in WILL_QOS
+    require(possible, "impossible QoS of the will")                 # [MQTT-3.1.2-14]
+    if not flags & WILL:                                            # -13 and -15
         require(not flags & (WILL_QOS_BITS | WILL_RETAIN), "flags, but no will")
-    if not flags & USER:                                            # [-22]
+    if not flags & USER:                                            # [MQTT-3.1.2-22]
         require(not flags & PASSWORD, "a password without a user name")
 
 
@@ -816,7 +818,7 @@ def retained_cost(message: Message) -> int:
 # waits for, so that nobody gives up on an answer that is about to come.
 #
 #     a car                        10 s
-#       its request                 9 s  >  stations 1 s + cloud 4 s + own walk 3.5 s
+#       its request                8.7 s    stations 1 s + cloud 4 s + own walk 3.5 s
 #         the cloud                 4 s
 #           its walk                3.5 s   (the own walk, too)
 #             a broker of it        1.5 s
@@ -861,7 +863,8 @@ class Fog:
         self.tell = tell
         stations = city.stations(name)
         self.online = set()                 # the stations that are
-        self.states = {                     # what each station said last
+        self.states = {     # what each station said last; replaced as a whole, as a
+                            # door's thread may still be reading the one before
             station: {"station": station, "spots": city.places[station]["spots"],
                       "free": 0, "cars": {}, "life": 0} for station in stations}
         self.turns = {station: asyncio.Semaphore(CLAIMS) for station in stations}
@@ -889,7 +892,7 @@ class Fog:
         try:
             if kind == "stations":
                 need(name in self.states, "not a station of this broker")
-                self.silent.answered(name)      # so it is alive: ask it again at once
+                self.silent.answered(name)      # it, or its last will: ask it again
             self.HEARS[kind, what](self, name, message.payload)
         except Invalid as fault:
             self.tell("<-", name, what, f"is invalid: {fault!s:.99}")
@@ -965,7 +968,7 @@ class Fog:
              ("stations", "online"): on_online}
 
     def is_online(self, name):
-        """It said so, its last will did not, and it answers when it is asked."""
+        """It was the last to say so (a last will says no), and it answers claims."""
         return name in self.online and not self.silent.is_open(name)
 
     # --- the search
@@ -1016,7 +1019,8 @@ class Fog:
         ways = self.city.ways_to_stations(request["at"])
         near = [name for name in ways if ways[name].km <= request["range"]]
         ours = [name for name in near if name in self.states]
-        # First the one that keeps a spot for this car already, then by distance.
+        # First the one that keeps a spot for this car already (False < True); sort()
+        # leaves the others in their order, by distance.
         ours.sort(key=lambda name: car not in self.states[name]["cars"])
         silent = 0
         for name in ours:
@@ -1057,7 +1061,7 @@ class Fog:
             self.send(f"cars/{car}/claim/{name}", claim)
             try:
                 answer = await asyncio.wait_for(future, STATION_WAIT)
-                return answer.get("lease")
+                return answer["lease"] if answer["ok"] else None
             except asyncio.TimeoutError:
                 self.silent.failed(name)
                 self.tell("<-", name, request["id"], "no answer: left out for a while")
@@ -1093,15 +1097,15 @@ class Fog:
     async def give_back(self, car):
         """Give the car's spots here back. Returns whether it had any.
 
-        Until the station says so itself, its spot counts as free.
+        They count as free at once, before the station says so itself.
         """
-        found = False
-        for name, state in self.states.items():
-            if state["cars"].pop(car, None):
-                state["free"] += 1
-                self.send(f"cars/{car}/leave/{name}", {})
-                found = True
-        return found
+        had = [name for name in self.states if car in self.states[name]["cars"]]
+        for name in had:
+            state = self.states[name]
+            cars = {other: use for other, use in state["cars"].items() if other != car}
+            self.states[name] = state | {"free": state["free"] + 1, "cars": cars}
+            self.send(f"cars/{car}/leave/{name}", {})
+        return bool(had)
 
     async def look_around(self):
         """All that this broker knows: the shape is STATUS."""
@@ -1136,20 +1140,20 @@ class Fog:
 
     def whole_city(self):
         """What the cloud knows of all brokers; without it, what we know: ourselves."""
+        trouble = ""
         try:
             answer = fit(CITY, self.ask_cloud({"op": "city"}), "city")
             brokers = answer["brokers"]
-            cloud = True
         except (NoAnswer, Invalid) as fault:
-            self.tell("<-", "cloud", f"no city: {fault!s:.99}")
+            trouble = f"no city: {fault!s:.99}"
             brokers = {self.name: self.status()}
-            cloud = False
+        self.tell.trouble("<-", "cloud", trouble)
         known = {"places": self.city.places, "roads": self.city.roads}
-        return {"cloud": cloud, "map": known, "brokers": brokers}
+        return {"cloud": trouble == "", "map": known, "brokers": brokers}
 
 
-TASKS = set()           # touched by the loop only, which itself keeps no more than a
-                        # weak reference to each task
+TASKS = set()       # touched by the loop only; asyncio itself would not keep a task from
+                    # being thrown away before it is done
 
 
 def spawn(coroutine):
@@ -1328,7 +1332,8 @@ battery: › driving, ? asking, … waiting, » going, + charging, × offline</p
 const say = (text, mood) => { document.body.className = mood;
   if (news.textContent !== text) news.textContent = text; };
 async function tick() { try {
-  const answer = await fetch("/map", {signal: AbortSignal.timeout(9500)});
+  const patience = {signal: AbortSignal.timeout(9500)};
+  const answer = await fetch(location.origin + "/map", patience);
   if (!answer.ok) throw answer.status;
   const was = new Map(cars().map(car => [car.dataset.car, car.style.translate]));
   city.innerHTML = await answer.text();
@@ -1544,7 +1549,7 @@ def on_loop_fault(loop, context):
 async def serve(names, city, external):
     """These brokers, all in this one loop, until somebody ends it.
 
-    The doors open last: whoever comes in finds everything there.
+    The doors answer last: whoever comes in finds everything there.
     """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(on_loop_fault)

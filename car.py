@@ -153,6 +153,8 @@ class Car(Client):
         What its station shows is the truth: our own belief could be wrong, if a claim
         came too late. While the broker is away nobody says no, so we go on.
         """
+        if self.offer is None:      # the spot was lost on the way
+            return False
         self.become("charging", "at", self.at)
         self.claim()
         missing = 0.0               # s here and connected, but not shown as charging
@@ -176,7 +178,7 @@ class Car(Client):
             self.offer = None
 
     def travel(self, place):
-        """Along the road to a place. Time that a dead broker costs is driven, too.
+        """Along the road to a place. While we wait for a dead broker we drive on, too.
 
         The battery never ends on a road: it was enough for this one when we set out.
         """
@@ -203,7 +205,7 @@ class Car(Client):
             raise Stopped
         if self.offer:
             self.keep_spot()
-        elif self.failures > 1:
+        elif self.failures > 1:     # a first one may be a broker that is just back
             self.turn_to_next_broker()
         now = monotonic()
         if now > self.last_news + NEWS:
@@ -215,9 +217,8 @@ class Car(Client):
     # --- its spot: a lease, which ends unless we claim it again
 
     def keep_spot(self):
-        """Claim it every third of a lease; more often until we are shown as charging.
-
-        So two claims may be lost before the third one would come too late."""
+        """Claim it every third of a lease, so that one claim may be lost or late; more
+        often until we are shown as charging."""
         lease = self.offer["lease"]
         pause = lease / 3
         if self.doing == "charging" and self.shown != "charging":
@@ -230,8 +231,7 @@ class Car(Client):
             self.offer = None
 
     def claim(self):
-        """Offer is None: there is nothing to claim any more."""
-        if self.offer and self.is_up:
+        if self.is_up:
             use = "charging" if self.doing == "charging" else "held"
             topic = self.topic("claim", self.offer["station"])
             self.publish(topic, {"use": use})

@@ -51,7 +51,8 @@ LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
 THREADS = 2000      # of one process; who comes when there are more is turned away
 SPARE_FILES = 32    # descriptors kept for what is not a guest
-PROOF = 0.49        # s; to be silent for less proves nothing
+PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5: the third of
+                    # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
 FIRST_PAUSE = 10    # s for which somebody silent is left out; then twice as long ...
 LONGEST_PAUSE = 80  # ... but never longer than this
 POLLSTERS = 8       # threads that ask all brokers for their status at once
@@ -90,11 +91,12 @@ class Story:
         self.who = who
         self.lock = threading.Lock()
         self.events = collections.deque(maxlen=50)      # the latest lines
+        self.troubles = {}      # with whom: what was told of it last; see `trouble`
 
     def __call__(self, *words):
-        words = list(words)
-        if words[0] in ("->", "<-"):    # then it is told to, or by, whom
-            words[1] = f"{words[1]:<8}"
+        if words[0] in ("->", "<-"):    # then comes to whom, or because of whom
+            arrow, whom, *words = words
+            words = arrow, f"{whom:<8}", *words
         text = " ".join(words)[:400]
         if not text.isprintable():      # a client id from the network may hold anything
             text = text.encode("unicode_escape").decode()
@@ -103,6 +105,15 @@ class Story:
         with self.lock:
             self.events.append(line)
         logging.info(line)
+
+    def trouble(self, arrow, whom, what):
+        """Tell of a trouble once, however often it is met; "" means that it is over.
+
+        (Two threads may meet a new one at the same time. Then it is told twice.)
+        """
+        if what and self.troubles.get(whom) != what:
+            self(arrow, whom, what)
+        self.troubles[whom] = what
 
     def recent(self):
         with self.lock:
@@ -133,12 +144,12 @@ def start_up(parser: argparse.ArgumentParser):
         give_up(fault)
 
 
-def choose_names(args, known: list[str], what: str) -> dict[str, None]:
+def choose_names(args, known: list[str], what: str) -> list[str]:
     """The names on the command line, each once; without any, all that are known."""
     for name in args.names:
         if name not in known:
             give_up(f"{args.config}: there is no {what} {name!a}")
-    return dict.fromkeys(args.names or known)
+    return [name for name in known if name in args.names or not args.names]
 
 
 def check_key():
@@ -166,10 +177,10 @@ def give_up(why):
 
 
 def crash(fault: BaseException):
-    """A bug in whatever thread ends the process (fail-fast): never a half-dead part.
+    """A bug in a part's own thread or loop ends the process (fail-fast).
 
     The others know what to do when a part is gone; one that only looks alive would keep
-    them waiting.
+    them waiting. (A bug in the thread of one connection ends that connection only.)
     """
     traceback.print_exception(fault)
     os._exit(1)
@@ -177,16 +188,20 @@ def crash(fault: BaseException):
 
 @contextmanager
 def until_stopped():
-    """Runs its block to the end, or until Ctrl-C or SIGTERM; exit status 0."""
+    """Runs its block to the end, or until Ctrl-C or SIGTERM; then exit status 0.
+
+    At once: no thread that still waits for a silent peer may keep us.
+    """
     with suppress(KeyboardInterrupt):
         yield
-    os._exit(0)     # at once: no thread that waits for a silent peer may keep us
+    os._exit(0)
 
 
 def crew(size):
     """A pool of threads that all start now, so that none can be lacking later.
 
-    Each meets the others at a barrier, so none of them can pass for two.
+    A pool starts a thread only if no other one is idle. So each is kept busy until all
+    are there: they wait for each other at a barrier.
     """
     pool = concurrent.futures.ThreadPoolExecutor(size)
     barrier = threading.Barrier(size)
@@ -250,7 +265,10 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__((address, port), handler)
 
     def process_request(self, request, client_address):
-        """Turn a newcomer away rather than fail those who are being served."""
+        """Turn a newcomer away rather than fail those who are being served.
+
+        Whatever this raises goes to handle_error, and the connection is closed.
+        """
         if not has_room(request) or threading.active_count() > THREADS:
             raise OSError("turned away: too many connections")
         try:
@@ -298,9 +316,9 @@ class Lines(socketserver.StreamRequestHandler):
         self.rfile = io.BufferedReader(Patience(self.connection))
 
     def handle(self):
-        """Answer each line. Whoever has no key is not kept; nor is one whose line is no
-        JSON object: what comes next may be the rest of a web page's HTTP request, which
-        a browser was made to send here."""
+        """Answer each line. After one without the key we hang up, and after one that is
+        no JSON object: it may be an HTTP request, which a foreign web page has made a
+        browser send here, and the next line may be what that page wants to tell us."""
         wait = FIRST_WAIT
         while line := self.read_line(wait):
             is_ours = False
@@ -340,11 +358,15 @@ class NoAnswer(Exception):
     """There is no answer, or none that can be used. The text is the true cause."""
 
 
+NEVER = 0.0, FIRST_PAUSE / 2        # left out until then, for so long; see `failed`
+
+
 class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered.
 
-    For 10 s, and twice as long each time that it happens again until it answers, but at
-    most 80 s. So one who hangs costs the city one wait, not one wait for each car.
+    First for 10 s; each time that it happens again, for twice as long, but at most 80 s.
+    Once it has answered, 10 s again. So one who hangs costs those a wait who ask at that
+    moment, but not each car that asks later.
 
     Used by many threads. `lock` guards changes of `silent`; to read needs no lock, as
     its values are tuples, which are replaced as a whole.
@@ -358,19 +380,17 @@ class Breaker:
         return monotonic() < self.silent.get(who, NEVER)[0]
 
     def failed(self, who):
+        """Its time was up. Many may find that out at once: that counts as one time."""
         with self.lock:
             now = monotonic()
             until, seconds = self.silent.get(who, NEVER)
-            if now >= until:    # else another thread has just found out
+            if now >= until:
                 seconds = min(2 * seconds, LONGEST_PAUSE)
                 self.silent[who] = now + seconds, seconds
 
     def answered(self, who):
         with self.lock:
             self.silent.pop(who, None)
-
-
-NEVER = 0.0, FIRST_PAUSE / 2
 
 
 class Caller:
@@ -410,8 +430,8 @@ class Caller:
         line = json.dumps(request) + "\n"
         kept = self.kept.__dict__.pop(address, None)
         if kept:
-            # Its other end may have been closed since. To ask once more is harmless, as
-            # claims are idempotent; after a time-out we never do.
+            # Its other end may have been closed since: then go on, and ask once more.
+            # That is harmless, as claims are idempotent. After a time-out we never do.
             with suppress(ConnectionError):
                 return self.converse(address, kept, line, end)
         host, port = address
@@ -485,8 +505,8 @@ def outcome(reply: dict) -> str:
 def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dict:
     """Walk the ring for a car, from the broker after its own: an offer or a refusal.
 
-    Whoever is silent is skipped, but stands in `asked`; whoever was silent just before
-    is left out.
+    A broker that does not answer in time is skipped, but stands in `asked`; one whose
+    breaker is open is not even asked.
     """
     question = {"op": "reserve"} | request
     request_id = request["id"]
@@ -513,8 +533,8 @@ def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dic
 # --- The cloud ------------------------------------------------------------------------
 
 class Cloud:
-    """Answers brokers. Its threads share what nobody changes, and what is made for it:
-    the caller, the story and the pollsters."""
+    """Answers brokers, in a thread for each connection. They share the city, which
+    nobody changes, and what many may use at once: story, caller and pollsters."""
 
     def __init__(self, city: City, tell: Story):
         self.city = city
@@ -542,11 +562,14 @@ class Cloud:
         return {"brokers": dict(zip(names, statuses))}
 
     def ask_status(self, broker):
+        trouble = ""
+        status = None
         try:
-            return self.caller.ask(broker.address, {"op": "status"}, BROKER_WAIT)
+            status = self.caller.ask(broker.address, {"op": "status"}, BROKER_WAIT)
         except NoAnswer as fault:
-            self.tell("<-", broker.name, f"no status: {fault}")
-            return None
+            trouble = f"no status: {fault}"
+        self.tell.trouble("<-", broker.name, trouble)
+        return status
 
 
 def main():

@@ -28,7 +28,7 @@ from typing import Callable, Iterable, NamedTuple
 
 SERVERS = Path(__file__).with_name("servers.json")
 BROKER_WAIT = 1.5   # s for one broker's answer: its own stations may take 1 s of them
-WALK_WAIT = 3.5     # s for a whole walk: whoever asked the cloud for it waits 4 s
+WALK_WAIT = 3.5     # s for a whole walk
 
 
 # --- The circular linked list ---------------------------------------------------------
@@ -100,7 +100,8 @@ def walk(brokers: Iterable[Broker], ask: Callable):
 
 
 # --- Checking what others wrote -------------------------------------------------------
-# A shape looks like the messages that fit it:
+# A shape looks like the messages that fit it: {"use": USE, "id": Optional(ID)} fits
+# {"use": "held"}, where USE and ID say what the values must be. These are all shapes:
 #
 #     NAME                      one value, of a kind that passes a test
 #     [NAME]                    a list of such values
@@ -120,7 +121,7 @@ class Kind(NamedTuple):
 
 
 class Optional(NamedTuple):
-    """The shape of a field that may be missing."""
+    """The shape of a field that may be missing. (Not the Optional of type hints.)"""
     shape: object
 
 
@@ -152,10 +153,10 @@ def fit(shape, value, what: str):
         return [fit(shape[0], item, what) for item in value]
     need(isinstance(value, dict), f"{what} must be an object")
     [first, *_] = shape
-    if isinstance(first, Kind):         # {NAME: USE}: any names
-        for key in value:
-            fit(first, key, what)
-        shape = dict.fromkeys(value, shape[first])
+    if isinstance(first, Kind):     # {NAME: USE}: any names, and each must have a USE
+        for name in value:
+            fit(first, name, what)
+        shape = {name: shape[first] for name in value}
     return fit_fields(shape, value, what)
 
 
@@ -181,7 +182,7 @@ def read_json(text: bytes, pairs: Callable | None = None):
         return json.loads(str(text, "utf-8"), object_pairs_hook=pairs)
     except RecursionError:
         raise Invalid("not JSON: nested too deep") from None
-    except ValueError as fault:     # bad UTF-8, bad JSON, or a number without an end
+    except ValueError as fault:     # bad UTF-8, bad JSON, a number of 5,000 digits
         raise Invalid(f"not JSON: {fault}") from None
 
 
@@ -206,7 +207,8 @@ def is_name(text) -> bool:
 
 
 def number(words: str, low: float, high: float, *types: type) -> Kind:
-    """NaN is no number from low to high; nor is True, though Python takes it for 1."""
+    """NaN does not pass, as it compares false with all; nor does True, which Python
+    takes for 1."""
     kinds = types or (int, float)
     return Kind(words, lambda value: type(value) in kinds and low <= value <= high)
 
@@ -255,7 +257,10 @@ class Way(NamedTuple):
 
 
 class City:
-    """What servers.json says. Nobody ever changes it, so every thread may read it."""
+    """What servers.json says. Nobody ever changes it, so every thread may read it.
+
+    (A cache may be filled by two threads at once. It is still the same answer.)
+    """
 
     def __init__(self, data: dict):
         cloud = data["cloud"]
@@ -288,7 +293,7 @@ class City:
         """Dijkstra's algorithm: the shortest way from `start` to each place that can be
         reached, the nearest place first: {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
         found = {}
-        frontier = [Way(0.0, [start])]      # a heap: the shortest way is on top
+        frontier = [Way(0.0, [start])]      # a heap: its least tuple, the shortest way
         while frontier:
             way = heapq.heappop(frontier)
             here = way.route[-1]

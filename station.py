@@ -39,7 +39,7 @@ from ring import (NAME, SPOTS, Invalid, Kind, Optional, fit, is_id, one_of, read
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
 TURN = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
-KEEPALIVE = 5       # s; a broker that is silent for longer counts as lost
+KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
 GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
 
 USE = one_of("held", "charging")
@@ -81,8 +81,8 @@ class Client:
     `look` tries to connect again. That is enough, as all that counts is said again
     (soft state): each new connection begins with `greet`.
 
-    Each is a new paho client, so that nothing unsent of the last one comes back later.
-    It lives in the client's own thread, the one that runs `live`.
+    Each connection has a paho client of its own, so that nothing unsent of the last one
+    comes back later. All of this lives in one thread, the one that runs `live`.
     """
 
     def __init__(self, name):
@@ -92,11 +92,11 @@ class Client:
         self.broker = None
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
+        self.last = None        # what was published last
         self.inbox = []         # messages that have come in since the last look
         self.failures = 0       # since a broker has last let us in
         self.next_try = 0.0     # on the monotonic clock
         self.why = ""           # a connection was lost
-        self.told = ""          # the last trouble: each is told once
 
     def aim_at(self, broker, will_topic, will):
         """From now on connect to this broker, with this last will."""
@@ -145,7 +145,8 @@ class Client:
         try:
             code = self.mqtt.loop(seconds)
         except (ValueError, LookupError, TypeError, struct.error) as fault:
-            return self.lose(f"does not speak MQTT ({fault})")      # for paho's parser
+            # paho's parser has met what is not MQTT.
+            return self.lose(f"does not speak MQTT ({fault})")
         if code == paho.MQTT_ERR_CONN_REFUSED:
             self.lose("refuses us: is EV_KEY the same on both sides?")
         elif code != paho.MQTT_ERR_SUCCESS:
@@ -153,7 +154,7 @@ class Client:
         elif self.mqtt.is_connected() and not self.is_up:
             self.is_up = True
             self.failures = 0
-            self.told = ""
+            self.tell.trouble("->", self.broker.name, "")
             self.greet()
 
     def lose(self, why):
@@ -161,9 +162,7 @@ class Client:
         self.mqtt = None
         self.is_up = False
         self.failures += 1
-        if why != self.told:
-            self.tell("->", self.broker.name, f"{why}; trying again")
-        self.told = why
+        self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
     def subscribe(self, *topics):
         if self.is_up:
@@ -242,7 +241,7 @@ class Station(Client):
             self.attend(TURN)
             if self.is_up and self.is_serving:
                 self.end_leases(monotonic())
-        if not self.fault:
+        if not self.fault:          # else the other one of our name is online
             self.publish(f"{self.topic}/online", False, retain=True)
         self.close()
 
@@ -261,11 +260,12 @@ class Station(Client):
     def remember(self, state):
         """Who had our spots when we were last heard of; or that we are there twice.
 
-        The first time we take over what an earlier life of ours has left. Later our own
-        words come back; and if they are another's, it was started later than we.
+        The first time we take over what an earlier process has left. Later we should
+        find what we said ourselves. If we find another's, it was started after us.
         """
         uses = state["cars"]
         if not self.is_restored:
+            # There may be fewer spots now. Who charges comes first: False < True.
             cars = sorted(uses, key=lambda car: uses[car] != "charging")
             for car in cars[:self.spots]:
                 self.cars[car] = FREE._replace(use=uses[car])
@@ -291,7 +291,7 @@ class Station(Client):
     # --- what it hears
 
     def hear(self, message):
-        """What is only repeated to us (retained) counts for no more than our memory."""
+        """Retained messages are old: only our own state counts, as our memory."""
         match message.topic.split("/"):
             case [_, "cars", car, "claim", _] if not message.retain:
                 claim = fit(CLAIM, read_object(message.payload), "claim")
@@ -307,7 +307,8 @@ class Station(Client):
                     self.serve()
 
     def claim(self, car, claim):
-        """Take or renew a spot; say who is here if that has changed, or to a loser."""
+        """Take or renew a spot. Say our state if it has changed, or to refuse: a car
+        that was wrong about its spot sees there that it has none."""
         claim_id = claim.get("id", "")
         request, _, _ = claim_id.rpartition("@")
         before = self.cars.get(car, FREE)
@@ -380,7 +381,7 @@ def main():
     stations = [Station(name, city, args.lease) for name in names]
     with until_stopped():
         live_until_stopped(stations)
-        give_up(stations[-1].fault)     # no other end of all their lives is left
+        give_up(stations[-1].fault)     # all lives have ended by themselves
 
 
 if __name__ == "__main__":
