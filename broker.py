@@ -1152,8 +1152,8 @@ class Fog:
         return {"cloud": trouble == "", "map": known, "brokers": brokers}
 
 
-TASKS = set()       # touched by the loop only; asyncio itself would not keep a task from
-                    # being thrown away before it is done
+TASKS = set()       # touched by the loop only. asyncio itself would not keep a task
+                    # from being thrown away before it is done
 
 
 def spawn(coroutine):

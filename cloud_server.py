@@ -364,8 +364,8 @@ NEVER = 0.0, FIRST_PAUSE / 2        # left out until then, for so long; see `fai
 class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered.
 
-    First for 10 s; each time that it happens again, for twice as long, but at most 80 s.
-    Once it has answered, 10 s again. So one who hangs costs those a wait who ask at that
+    First for 10 s; each time that it happens again, for twice as long, at most 80 s;
+    once it has answered, 10 s again. So one who hangs costs those a wait who ask at that
     moment, but not each car that asks later.
 
     Used by many threads. `lock` guards changes of `silent`; to read needs no lock, as

@@ -894,6 +894,14 @@ class Shapes(unittest.TestCase):
             with self.subTest(why), self.assertRaisesRegex(ring.Invalid, rf"\A{name}"):
                 ring.fit(self.SHAPES[name], bad, name)
 
+    def test_a_reply_is_to_this_request_and_of_this_map(self):
+        city = ring.City(describe({"P1": 1}))
+        good = self.GOOD["offer"]
+        self.assertEqual(cloud_server.read_reply(city, good, "a-1"), good)
+        for key, wrong in rows("id|a-2 \n station|P2 \n broker|x"):
+            with self.subTest(key), self.assertRaises(ring.Invalid):
+                cloud_server.read_reply(city, good | {key: wrong}, "a-1")
+
     def test_how_long_a_name_may_be(self):
         for kind, longest in (ring.NAME, 64), (ring.ID, 64), (station.CLAIM_ID, 200):
             self.assertTrue(kind.holds("n" * longest))
@@ -901,14 +909,16 @@ class Shapes(unittest.TestCase):
 
 
 class Breaker(Story):
-    """cloud_server.py: who is silent is left out for 10 s, 20, 40, 80."""
+    """cloud_server.py: asking others; who is silent is left out for 10 s, 20, 40, 80."""
 
     def test_longer_each_time_until_it_answers(self):
         self.has_clock(cloud_server)
-        breaker = cloud_server.Breaker()
+        caller = cloud_server.Caller()
+        caller.exchange = lambda *question: b"{}"
+        breaker = caller.breaker
         for seconds in 10, 20, 40, 80, 80, 10:
             if seconds == 10:
-                breaker.answered("x")
+                caller.ask("x", {}, 1)
             breaker.failed("x")
             breaker.failed("x")     # others waited for it, too: that was one time
             self.now += seconds - 0.25
@@ -946,6 +956,23 @@ class Breaker(Story):
         self.assertEqual(asked, [
             "b2 b3 b4", "b5 b6 b7", "b2 b3 b4", "b5 b6 b7", "b8 b9"])
         self.assertEqual(reply["station"], "P")
+
+    def test_a_connection_is_kept_and_replaced_when_it_was_closed(self):
+        """Two questions on the first one; it is closed, so there is a second one."""
+        def serve():
+            for questions in 2, 1:
+                connection, _ = server.accept()
+                with connection, connection.makefile("rb") as stream:
+                    for _ in range(questions):
+                        stream.readline()
+                        connection.sendall(b"{}\n")
+        caller = cloud_server.Caller()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(target=serve)
+            thread.start()
+            for _ in range(3):
+                self.assertEqual(caller.ask(server.getsockname(), {}, 1), {})
+            thread.join()
 
     def test_only_a_real_chance_counts(self):
         """Half a second is one. Who refuses the connection may be back at once."""
@@ -1220,8 +1247,6 @@ class TheCar(Story):
     def test_it_charges_only_where_it_is_shown_as_charging(self):
         """Not shown for 3 s it asks anew, whatever its battery; refused, it waits."""
         self.shown = False
-        late = self.offer("A", "P2") | {"id": "zoe-0", "asked": []}
-        self.events = [(5, lambda: self.tells("server1/cars/zoe/reply", late))]
         self.replies = [self.offer("A", "P1"), {"station": None, "reason": "full",
                                                 "retry": 5}]
         self.lives(12)
