@@ -122,6 +122,7 @@ class Message(NamedTuple):
 def take_packet(buffer: bytearray):
     """Cut the first Packet off. None: it is not all there yet.
 
+    TCP carries bytes, not packets: what comes at once may be a part of one, or many.
     A wrong first byte is found at once: a browser or TLS client is not kept waiting.
     """
     if not buffer:
@@ -349,8 +350,10 @@ class TopicTree:
     def match(self, topic):
         """Each subscriber once, with the highest QoS of its filters that match.
 
-        Goes down level by level, with all nodes at once that match so far. (Without
-        recursion, so that no topic is too deep.)
+        Goes down level by level, with all nodes at once that match so far: for
+        "server1/cars/car1/reply" the one of "server1"; then of "cars"; then those of
+        "car1" and of "+"; then that of "reply" below "car1". (Without recursion, so
+        that no topic is too deep.)
         """
         nodes = [self]
         ends = []                               # where a filter that matches ends
@@ -373,7 +376,10 @@ class TopicTree:
 
 @dataclasses.dataclass
 class Unacked:
-    """A packet that is sent again on the next connection, if need be."""
+    """A packet that is sent again on the next connection, if need be.
+
+    It waits for one acknowledgement; with QoS 2, PUBREL takes the place of PUBLISH.
+    """
     packet: bytes           # PUBLISH, or the PUBREL that follows it
     awaits: int             # PUBACK, PUBREC or PUBCOMP
     is_sent: bool = False
@@ -401,7 +407,11 @@ class Session:
         return self.kept + OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
-        """Send or keep a message: the lower QoS of publisher and subscriber counts."""
+        """Send or keep a message: the lower QoS of publisher and subscriber counts.
+
+        What has a packet id is kept until it is acknowledged. QoS 0 is sent and
+        forgotten; if the client is absent, it is just forgotten.
+        """
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
         if message.qos:
@@ -453,8 +463,12 @@ class Connection(asyncio.Protocol):
         socket <- flush <- out <- send
 
     asyncio's loop waits for all sockets at once (`select`), and calls data_received
-    when something has come. Nobody else runs meanwhile; so each call must be short. A
-    client with a lot to say gets a SLICE of time, then it is the others' turn.
+    when something has come. Nobody else runs meanwhile; so each call must be short.
+
+        reading --its SLICE of time is over--> paused --the others had theirs--> reading
+        reading --too much is unsent--> blocked --it has been sent--> reading
+        reading --a goodbye, an error, a silence, a takeover--> closed
+        any of these --far too much is unsent or unacknowledged--> dropped --> closed
     """
 
     def __init__(self, server):
@@ -677,7 +691,10 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     def close(self, why):
-        """However a connection ends, it ends here, once: the session, then the will."""
+        """However a connection ends, it ends here, once: the session, then the will.
+
+        The will is published last, so that whoever hears it finds everything in order.
+        """
         self.flush()
         if self.is_closed:
             return
@@ -708,6 +725,8 @@ class MqttServer:
         self.retained_bytes = 0
 
     def open_session(self, connection, client_id, clean):
+        """A session belongs to a client id, and has one connection at most: an older
+        one ends here (session takeover). What was unacknowledged is sent again."""
         old = self.sessions.get(client_id)
         if old and old.connection:
             old.connection.close("was taken over")              # [MQTT-3.1.4-2]
@@ -726,6 +745,8 @@ class MqttServer:
         self.tell("<-", client_id, "connects again" if present else "connects")
 
     def close_session(self, connection, why):
+        """The client is absent now. Its session stays, unless it is clean; its last
+        will is published, unless it has said goodbye."""
         self.connections.discard(connection)
         session = connection.session
         if session is None:
@@ -779,8 +800,11 @@ class MqttServer:
             subscriber.deliver(message, granted)
 
     def keep(self, message):
-        """For later subscribers, in place of the last one. [MQTT-3.3.1-5] An empty
-        message only takes the last one away; what finds no room does, too."""
+        """For later subscribers, in place of the last one. [MQTT-3.3.1-5]
+
+        An empty message only takes the last one away. So does one that finds no room:
+        better none than an old one.
+        """
         old = self.retained.pop(message.topic, None)
         if old:
             self.retained_bytes -= retained_cost(old)
@@ -885,7 +909,10 @@ class Fog:
             mqtt.subscribe_inside(topic_filter, self)
 
     def deliver(self, message, granted):
-        """An invalid message is told in one line, and never stops us."""
+        """What a station or car says: HEARS has the handler for its topic.
+
+        An invalid message is told in one line, and never stops us.
+        """
         _, kind, name, what = message.topic.split("/")
         if message.retain and what in ("request", "answer"):
             return          # these count when they are said, not when they are repeated
@@ -988,8 +1015,11 @@ class Fog:
         return reply
 
     async def in_time(self, seconds, find, request):
-        """What `find` replies, or "full" when its time is up. "Full" at once, too, when
-        too many are under way (load shedding): so whoever is taken on hears in time."""
+        """What `find` replies, or "full" when its time is up.
+
+        Too many at once would all be late. So when enough are under way the next one is
+        refused at once (load shedding), and whoever is taken on hears in time.
+        """
         too_late = refusal(request["id"], "full", [self.name])
         if self.under_way >= UNDER_WAY:
             return too_late
@@ -1014,7 +1044,11 @@ class Fog:
         return reply
 
     async def reserve(self, request):
-        """The nearest spot of our own stations, confirmed: an offer, or a refusal."""
+        """The nearest spot of our own stations, confirmed: an offer, or a refusal.
+
+        One station after the other is asked until one says yes. Most of them are not:
+        our table tells who is full or away. For two silent ones a car can wait.
+        """
         car = request["car"]
         ways = self.city.ways_to_stations(request["at"])
         near = [name for name in ways if ways[name].km <= request["range"]]
@@ -1070,7 +1104,10 @@ class Fog:
                 del self.answers[name, claim_id]
 
     def walk_ring(self, request):
-        """Ask the cloud, or without it the others in turn. In a thread of its own."""
+        """Ask the cloud, or without it the others in turn. In a thread of its own.
+
+        Both ways end in the same `search`; only who walks differs.
+        """
         self.tell("->", "cloud", request["id"], "no spot here: who has one?")
         try:
             reply = self.ask_cloud({"op": "search", "broker": self.name} | request)
@@ -1108,7 +1145,10 @@ class Fog:
         return bool(had)
 
     async def look_around(self):
-        """All that this broker knows: the shape is STATUS."""
+        """All that this broker knows: the shape is STATUS.
+
+        A coroutine, though it awaits nothing, so that `in_loop` can run it.
+        """
         stations = {}
         for name, state in self.states.items():
             stations[name] = state | {"online": self.is_online(name)}
@@ -1185,7 +1225,8 @@ class Denied(Exception):
 class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
 
-    It speaks HTTP/1.0, one request per connection: nothing can hide behind another.
+    It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
+    two words at the top are how http.server wants to be told what an error looks like.
     """
     disable_nagle_algorithm = True
     error_content_type = "application/json"
@@ -1197,7 +1238,8 @@ class Http(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(Patience(self.connection, end))
 
     def do(self):
-        """First who asks, then for what."""
+        """First who asks, then for what. Each refusal is raised as Denied, where it is
+        found, and answered here."""
         path, _, _ = self.path.partition("?")
         levels = [urllib.parse.unquote(level) for level in path.split("/")]
         try:
@@ -1251,15 +1293,18 @@ class Http(http.server.BaseHTTPRequestHandler):
                 if name in states:
                     return 200, states[name]
             case "POST", "cars", car, "request":
-                reply = fog.post_request(car, self.read_body())
-                if reply["station"]:
-                    return 200, reply
-                status = 503 if reply["reason"] == "full" else 409
-                return status, reply | {"error": reply["reason"]}
+                return self.ask_for_spot(car)
             case "DELETE", "cars", car, "request":
                 if fog.in_loop(fog.give_back(car)):
                     return 204, ""
         raise Denied(404, "there is no such thing here")
+
+    def ask_for_spot(self, car):
+        reply = self.server.desk.post_request(car, self.read_body())
+        if reply["station"]:
+            return 200, reply
+        status = 503 if reply["reason"] == "full" else 409
+        return status, reply | {"error": reply["reason"]}
 
     def read_body(self):
         length = self.headers.get("Content-Length", "")
@@ -1361,6 +1406,7 @@ VIEW = """<div data-news="{news}"><svg id="map">{drawn}</svg><table>{rows}</tabl
 
 
 def fill(template: str, **texts) -> str:
+    """The template, with these texts in its blanks. Escaped: they are never HTML."""
     for key, value in texts.items():
         texts[key] = html.escape(str(value))
     return template.format(**texts)
@@ -1462,7 +1508,8 @@ class Drawing:
                     state="answers" if status else "no answer")
 
     def events(self):
-        """Of all brokers, the latest first (but after midnight, for a while)."""
+        """Of all brokers, the latest first. (They tell no day: around midnight the
+        order is wrong for a while.)"""
         lines = []
         for status in self.alive:
             lines += reversed(status["events"])
@@ -1479,6 +1526,9 @@ class Drawing:
 
 class ExternalServer:
     """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho.
+
+    The way to grow past one machine: that server may be as large as it likes, and
+    several brokers may share it, as their topics differ.
 
     It has the same two methods as MqttServer, so the fog node notices no difference:
     paho's thread hands what it hears over to the loop, and may be told to publish.
@@ -1526,7 +1576,11 @@ async def start_mqtt(broker, city, fog, external):
 
 
 async def watch(server):
-    """Cut off whoever has not sent a whole packet in its time. [MQTT-3.1.2-24]"""
+    """Cut off whoever has not sent a whole packet in its time. [MQTT-3.1.2-24]
+
+    That is 10 s for the first packet, then one and a half times what the client itself
+    has named as keepalive.
+    """
     while True:
         await asyncio.sleep(0.5)
         now = monotonic()

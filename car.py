@@ -50,7 +50,11 @@ class Stopped(Exception):
 
 
 class Car(Client):
-    """Touched by its own thread only, the one that runs `live`."""
+    """Touched by its own thread only, the one that runs `live`.
+
+    Each step of its life is a method, which lasts until the next step. All of them pass
+    their time in `pause`, where the connection is looked after and the spot is claimed.
+    """
 
     def __init__(self, name, city, at, battery, speed, charges):
         super().__init__(name)
@@ -109,7 +113,10 @@ class Car(Client):
         self.charges -= 1
 
     def ask(self):
-        """Ask for a spot until there is a reply. To ask again is harmless."""
+        """Ask for a spot until there is a reply, which may be a refusal.
+
+        To ask again is harmless: the fog finds the spot that we have already.
+        """
         # A new id, so that a late reply to an earlier request does not count.
         self.request_id = f"{self.name}-{next(self.ids)}"
         self.reply = None
@@ -123,7 +130,8 @@ class Car(Client):
         return self.reply
 
     def wait(self, seconds):
-        """As long as the broker has said; the car stays where it is."""
+        """As long as the broker has said. The car stands still meanwhile, so its
+        battery lasts, however often it is refused."""
         self.become("waiting", f"{seconds:g} s")
         end = monotonic() + seconds
         while monotonic() < end:
@@ -185,8 +193,10 @@ class Car(Client):
         left = self.city.length(self.at, place)
         driving = True
         while driving:
-            km = min(left, self.pause() * self.speed)
-            self.battery = max(0.0, self.battery - km / FULL * 100)
+            km = self.pause() * self.speed
+            km = min(left, km)
+            used = km / FULL * 100
+            self.battery = max(0.0, self.battery - used)
             left -= km
             driving = left > 0
         self.at = place
@@ -258,7 +268,10 @@ class Car(Client):
         self.connect_to(self.broker.next)
 
     def greet(self):
-        """A broker has let us in: it must hear all that counts."""
+        """A broker has let us in: it must hear all that counts (soft state).
+
+        It may be a new one, or have been started again: it knows nothing of us.
+        """
         self.silent.answered(self.broker.name)
         self.tell("->", self.broker.name, f"connected at {self.at}")
         self.subscribe(self.topic("reply"))
@@ -315,7 +328,8 @@ class Car(Client):
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="cars (car1)")
+    parser.add_argument("names", metavar="NAME", nargs="*", default=["car1"],
+                        help="cars (car1)")
     parser.add_argument("--at", metavar="PLACE",
                         help="where they start (the first place of the file)")
     parser.add_argument("--battery", metavar="PERCENT", type=float, default=50,
@@ -337,8 +351,9 @@ def main():
     if not PERCENT.holds(args.battery) or args.charges < 1:
         parser.error("--battery is 0 to 100, --charges 1 or more")
     cars = []
-    for name in dict.fromkeys(args.names or ["car1"]):      # each of them once
-        if not is_name(name) or name in city.places or city.ring.find(name):
+    for name in dict.fromkeys(args.names):      # each of them once
+        taken = name in city.places or city.ring.find(name)
+        if taken or not is_name(name):
             give_up(f"{args.config}: {name!a} is no good name for a car here")
         cars.append(Car(name, city, at, args.battery, args.speed, args.charges))
     with until_stopped():

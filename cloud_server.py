@@ -365,8 +365,8 @@ class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered.
 
     First for 10 s; each time that it happens again, for twice as long, at most 80 s;
-    once it has answered, 10 s again. So one who hangs costs those a wait who ask at that
-    moment, but not each car that asks later.
+    once it has answered, 10 s again. So one who hangs costs those a wait who ask at
+    that moment, but not each car that asks later.
 
     Used by many threads. `lock` guards changes of `silent`; to read needs no lock, as
     its values are tuples, which are replaced as a whole.

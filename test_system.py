@@ -909,7 +909,7 @@ class Shapes(unittest.TestCase):
 
 
 class Breaker(Story):
-    """cloud_server.py: asking others; who is silent is left out for 10 s, 20, 40, 80."""
+    """cloud_server.py: asking others; who is silent is left out for 10 s and more."""
 
     def test_longer_each_time_until_it_answers(self):
         self.has_clock(cloud_server)
