@@ -46,6 +46,7 @@ import socket
 import struct
 import threading
 import urllib.parse
+from contextlib import suppress
 from time import monotonic, time_ns
 from typing import NamedTuple
 
@@ -54,12 +55,13 @@ from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker,
                           crash, crew, has_room, is_key, listening, mqtt_password,
                           outcome, read_op, read_reply, read_request, refusal, search,
                           start_up, until_stopped)
-from ring import (BROKER_WAIT, NAME, Invalid, OrNull, fit, is_id, need, number,
+from ring import (NAME, Invalid, OrNull, fit, is_id, need, number,
                   one_of, read_json, read_object, whole)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
+PAUSE = 0.001               # s after a message to who has enough to do already
 BUDGET = 1024 * 1024        # bytes kept for one client: not yet sent; and all else
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
@@ -298,6 +300,16 @@ def encode_publish(message: Message, packet_id: int = 0) -> bytes:
 #
 # One asyncio loop calls everything in this chapter, so no state in it needs a lock.
 
+TASKS = set()       # asyncio itself would not keep a task from being thrown away
+
+
+def spawn(coroutine):
+    """Begin something that may wait, when the loop comes round."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    TASKS.add(task)
+    task.add_done_callback(TASKS.discard)
+
+
 def may_connect(client_id: str, user: str, password: bytes) -> bool:
     if KEY == "":
         return True         # no key is set: every door is open
@@ -310,7 +322,7 @@ def may_publish(client_id: str, topic: str, brokers: set[str]) -> bool:
     match topic.split("/", 3):
         case [broker, *_] if broker not in brokers:
             return True     # below no broker's name: anybody's
-        case [_, "cars" | "stations", owner, _]:
+        case [_, "cars" | "stations", owner, *_]:
             return owner == client_id
     return False            # the fog node's
 
@@ -411,6 +423,8 @@ class Session:
 
         What has a packet id is kept until it is acknowledged. QoS 0 is sent and
         forgotten; if the client is absent, it is just forgotten.
+
+        Returns whether the client has enough to do already: see `is_behind`.
         """
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
@@ -422,6 +436,15 @@ class Session:
             self.keep_to_budget()
         elif self.connection:
             self.connection.send(encode_publish(message))
+        return self.is_behind()
+
+    def is_behind(self):
+        """Half of one of its two budgets waits to be read, or to be acknowledged."""
+        if self.connection is None:
+            return False        # an absent client hurries nobody
+        if self.connection.is_blocked:
+            return True
+        return len(self.unacked) > 0 and self.size() > BUDGET // 2
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -480,9 +503,11 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = []               # what goes out when the loop comes round,
         self.waiting = 0            # and its bytes
-        self.wanted = TopicTree()   # new subscriptions,
-        self.retained = iter(())    # and the topics to look through for them
+        self.wanted = {}            # filters of new subscriptions: their QoS
+        self.looks_for = TopicTree()    # those of them whose retained messages it gets
+        self.topics = iter(())      # now, and the topics to look at for them
         self.is_blocked = False     # it reads too slowly: see pause_writing
+        self.is_ahead = False       # of who gets its messages
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
@@ -512,13 +537,19 @@ class Connection(asyncio.Protocol):
         self.work()
 
     def work(self):
-        """Do what there is to do, for a slice of time; then it is the others' turn."""
+        """Do what there is to do, for a slice of time; then it is the others' turn.
+
+        A request takes its time later, in a task: so it ends the slice, too. And who
+        speaks faster than others can listen must pause after each message.
+        """
         end = monotonic() + SLICE
+        tasks = len(TASKS)
+        self.is_ahead = False
         try:
             while not self.is_blocked and self.do_next():
-                if monotonic() > end:
+                if self.is_ahead or monotonic() > end or len(TASKS) > tasks:
                     self.transport.pause_reading()
-                    self.loop.call_soon(self.work)
+                    self.loop.call_later(PAUSE * self.is_ahead, self.work)
                     return
         except ProtocolError as fault:
             why, *code = fault.args
@@ -529,20 +560,17 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def do_next(self):
-        """One retained message, or one packet. Returns whether there was one."""
+        """One packet, or one retained message. Returns whether there was one."""
         if self.is_closed:
             return False
-        topic = next(self.retained, None)
-        if topic is not None:
-            self.look_at_retained(topic)
-            return True
         if self.session is None and self.buffer:
             is_connect = self.buffer[0] == CONNECT * 16
             require(is_connect, "CONNECT must be the first packet")     # [MQTT-3.1.0-1]
         packet = take_packet(self.buffer)
-        if packet is None:
+        if packet:
+            self.HANDLERS[packet.kind](self, packet)
+        elif not self.look_at_retained():
             return False
-        self.HANDLERS[packet.kind](self, packet)
         self.deadline = monotonic() + self.patience                # [MQTT-3.1.2-24]
         return True
 
@@ -588,7 +616,7 @@ class Connection(asyncio.Protocol):
         require(may, "publishes in another's name")
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
             retain = bool(packet.flags & RETAIN)
-            self.server.publish(topic, packet.rest(), qos, retain)
+            self.is_ahead = self.server.publish(topic, packet.rest(), qos, retain)
         if qos == 1:
             self.send(encode_ack(PUBACK, packet_id))            # [MQTT-4.3.2-2]
         elif qos == 2:
@@ -630,24 +658,41 @@ class Connection(asyncio.Protocol):
             require(asked[-1][1] <= 2, "impossible QoS")        # [MQTT-3-8.3-4]
         codes = [self.server.subscribe(self.session, *wanted) for wanted in asked]
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
-        self.wanted = TopicTree()
         for (topic_filter, _), code in zip(asked, codes):
             if code != 0x80:
-                self.wanted.add(topic_filter, topic_filter, code)
-        topics = dict(asked)
-        if WILDCARD.search(" ".join(topics)):
-            topics = self.server.retained                       # any of them may match
-        self.retained = iter(list(topics))
+                self.wanted[topic_filter] = code
 
-    def look_at_retained(self, topic):
-        """For new subscriptions; the retain flag is on. [MQTT-3.3.1-6], 8
+    def look_at_retained(self):
+        """One topic, for new subscriptions; the retain flag is on. [MQTT-3.3.1-6], 8
 
-        One topic at a time, between packets: there may be thousands to look through.
+        There may be thousands to look at. So packets come first, acknowledgements among
+        them; and who acknowledges too little gets no more for now.
+
+        Returns whether there was one to look at.
         """
+        session = self.session
+        if session is None or session.is_behind():
+            return False
+        topic = next(self.topics, None)
+        if topic is None and self.wanted:
+            self.look_for_wanted()
+            topic = next(self.topics)
         message = self.server.retained.get(topic)
         if message:
-            for granted in self.wanted.match(topic).values():
-                self.session.deliver(message, granted)
+            for topic_filter, granted in self.looks_for.match(topic).items():
+                if topic_filter in session.filters:     # it still is [MQTT-3.10.4-2]
+                    session.deliver(message, granted)
+        return topic is not None
+
+    def look_for_wanted(self):
+        topics = self.wanted
+        self.looks_for = TopicTree()
+        for topic_filter, qos in self.wanted.items():
+            self.looks_for.add(topic_filter, topic_filter, qos)
+        if WILDCARD.search(" ".join(self.wanted)):
+            topics = self.server.retained or topics             # any of them may match
+        self.topics = iter(list(topics))
+        self.wanted = {}
 
     def do_unsubscribe(self, packet):
         """packet identifier | topic filter | topic filter | ..."""
@@ -792,12 +837,16 @@ class MqttServer:
         self.tree.add(topic_filter, subscriber, 0)
 
     def publish(self, topic, payload, qos=0, retain=False):
-        """To all subscribers; if `retain`, to later ones, too."""
+        """To all subscribers; if `retain`, to later ones, too. Returns whether one of
+        them has enough to do already."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
             self.keep(message)
+        is_ahead = False
         for subscriber, granted in self.tree.match(topic).items():
-            subscriber.deliver(message, granted)
+            if subscriber.deliver(message, granted):
+                is_ahead = True
+        return is_ahead
 
     def keep(self, message):
         """For later subscribers, in place of the last one. [MQTT-3.3.1-5]
@@ -851,6 +900,7 @@ def retained_cost(message: Message) -> int:
 
 STATION_WAIT = 0.5          # s a station has to answer a claim
 SILENT_STATIONS = 2         # for which one search waits
+RESERVE_WAIT = 1.3          # s for a request round the ring: who asks waits BROKER_WAIT
 CLOUD_WAIT = 4              # s for the cloud
 REQUEST_WAIT = 8.7          # s for a request in all: the car must hear within 9
 CLAIMS = 16                 # on their way to one station at a time
@@ -1050,8 +1100,7 @@ class Fog:
         our table tells who is full or away. For two silent ones a car can wait.
         """
         car = request["car"]
-        ways = self.city.ways_to_stations(request["at"])
-        near = [name for name in ways if ways[name].km <= request["range"]]
+        near = self.city.within_range(request["at"], request["range"])
         ours = [name for name in near if name in self.states]
         # First the one that keeps a spot for this car already (False < True); sort()
         # leaves the others in their order, by distance.
@@ -1067,7 +1116,7 @@ class Fog:
                 continue
             if lease:
                 return {"id": request["id"], "station": name, "broker": self.name,
-                        "route": ways[name].route, "km": round(ways[name].km, 3),
+                        "route": near[name].route, "km": round(near[name].km, 3),
                         "lease": lease, "asked": [self.name]}
         reason = "full" if near else "out of range"
         return refusal(request["id"], reason, [self.name])
@@ -1127,7 +1176,7 @@ class Fog:
         """A spot of ours for another broker's car. We ask nobody else: one walker is
         enough, and two could send each other round the ring for ever."""
         self.tell("<-", "ring", request["id"], "asks for a spot for", request["car"])
-        reply = await self.in_time(BROKER_WAIT, self.reserve, request)
+        reply = await self.in_time(RESERVE_WAIT, self.reserve, request)
         self.tell("->", "ring", request["id"], outcome(reply))
         return reply
 
@@ -1190,16 +1239,6 @@ class Fog:
         self.tell.trouble("<-", "cloud", trouble)
         known = {"places": self.city.places, "roads": self.city.roads}
         return {"cloud": trouble == "", "map": known, "brokers": brokers}
-
-
-TASKS = set()       # touched by the loop only. asyncio itself would not keep a task
-                    # from being thrown away before it is done
-
-
-def spawn(coroutine):
-    task = asyncio.get_running_loop().create_task(coroutine)
-    TASKS.add(task)
-    task.add_done_callback(TASKS.discard)
 
 
 # ===== 4. The doors: TCP for the cloud, HTTP for people ===============================
@@ -1266,11 +1305,11 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def check_key(self):
         """HTTP Basic authentication: any user name, and the key as password."""
-        code = self.headers.get("Authorization", "").removeprefix("Basic ")
-        try:
-            user_and_key = base64.b64decode(code).decode()
-        except ValueError:
-            user_and_key = ""
+        scheme, _, code = self.headers.get("Authorization", "").partition(" ")
+        user_and_key = ""
+        if scheme.lower() == "basic":
+            with suppress(ValueError):
+                user_and_key = base64.b64decode(code).decode()
         if not is_key(user_and_key.partition(":")[2]):
             raise Denied(401, "key")
 
@@ -1328,8 +1367,9 @@ class Http(http.server.BaseHTTPRequestHandler):
             answer = json.dumps(answer)
         body = answer.encode(errors="replace")
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", len(body))
+        if body:
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", len(body))
         self.end_headers()
         self.wfile.write(body)
 

@@ -83,17 +83,23 @@ class Car(Client):
         with suppress(Stopped):
             self.connect_to(self.city.broker_of(self.at))
             while self.charges > 0:
-                roads = self.city.neighbours[self.at] or [self.at]
-                place = random.choice(roads)
+                place = random.choice(self.roads() or [self.at])
                 km = self.city.length(self.at, place)
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
+                elif place == self.at:
+                    self.pause()        # it can go nowhere
                 else:
                     self.become("driving")
                     self.travel(place)
         self.give_back()
         self.become("offline")
         self.close()
+
+    def roads(self):
+        """Where it can drive from here, with a full battery."""
+        return [place for place in self.city.neighbours[self.at]
+                if self.city.length(self.at, place) <= FULL]
 
     def recharge(self):
         """From asking for a spot to leaving it with a full battery."""
@@ -127,6 +133,7 @@ class Car(Client):
             if self.is_up and monotonic() > self.reply_due:
                 self.tell("<-", self.broker.name, self.request_id, "no reply")
                 self.turn_to_next_broker()
+                self.say_request()      # (this counts where there is no other broker)
         return self.reply
 
     def wait(self, seconds):

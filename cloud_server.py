@@ -342,9 +342,9 @@ class Lines(socketserver.StreamRequestHandler):
         return line if line.endswith(b"\n") else None
 
     def write(self, answer):
-        line = json.dumps(answer) + "\n"
+        line = json.dumps(answer, ensure_ascii=False) + "\n"
         self.connection.settimeout(LINE_WAIT)   # for a guest who does not read
-        self.wfile.write(line.encode())
+        self.wfile.write(line.encode(errors="replace"))
 
 
 # --- The other end: asking questions --------------------------------------------------
@@ -553,6 +553,8 @@ class Cloud:
         home = self.city.ring.find(fields.get("broker"))
         need(home, "request.broker must be the name of a broker")
         self.tell("<-", home.name, request["id"], "wants a spot near", request["at"])
+        if not self.city.within_range(request["at"], request["range"]):
+            return refusal(request["id"], "out of range", [])
         return search(self.city, request, home, self.caller, self.tell)
 
     def do_city(self):

@@ -311,6 +311,11 @@ class City:
         ways = self.ways(start)
         return {place: ways[place] for place in ways if "spots" in self.places[place]}
 
+    def within_range(self, start: str, km: float) -> dict[str, Way]:
+        """Those of them that a car can reach which can still drive so far."""
+        ways = self.ways_to_stations(start)
+        return {station: way for station, way in ways.items() if way.km <= km}
+
 
 def load(path) -> City:
     """Read and check a servers.json. Raises Invalid, which names the file and fault."""

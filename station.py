@@ -124,6 +124,8 @@ class Client:
                 self.hear(message)
             except Invalid as fault:
                 self.tell("<-", message.topic, f"invalid message: {fault!s:.99}")
+            except UnicodeDecodeError:      # paho's word, when asked for the topic
+                self.tell("<-", self.broker.name, "a topic that is not UTF-8")
 
     def connect(self):
         self.next_try = monotonic() + RECONNECT
@@ -180,7 +182,10 @@ class Client:
     def close(self):
         """Say goodbye (so there is no will) when what was published has arrived."""
         end = monotonic() + GOODBYE_WAIT
-        while self.is_up and monotonic() < end and not self.last.is_published():
+        while self.is_up and monotonic() < end:
+            lost = self.last.rc != paho.MQTT_ERR_SUCCESS    # with the connection
+            if lost or self.last.is_published():
+                break
             self.work(TURN)
         if self.mqtt:
             self.mqtt.disconnect()
@@ -199,8 +204,9 @@ def live_until_stopped(parts: list):
     finally:
         for part in parts:
             part.stopping.set()
+        end = monotonic() + 2 * GOODBYE_WAIT
         for thread in threads:
-            thread.join(2 * GOODBYE_WAIT)
+            thread.join(max(0, end - monotonic()))
 
 
 # --- The station ----------------------------------------------------------------------
@@ -267,8 +273,8 @@ class Station(Client):
         if not self.is_restored:
             # There may be fewer spots now. Who charges comes first: False < True.
             cars = sorted(uses, key=lambda car: uses[car] != "charging")
-            for car in cars[:self.spots]:
-                self.cars[car] = FREE._replace(use=uses[car])
+            self.cars = {car: FREE._replace(use=uses[car])
+                         for car in cars[:self.spots]}
         elif state["life"] != self.life:
             self.fault = f"{self.name} was started again elsewhere: that one goes on"
             self.tell(self.fault)
@@ -327,7 +333,7 @@ class Station(Client):
         """The whole rule: a car has at most one spot, and whoever claims it has it for
         one lease from now. Returns whether the car has one."""
         spot = self.cars.get(car, FREE)
-        if spot is FREE and len(self.cars) == self.spots:
+        if spot is FREE and len(self.cars) >= self.spots:
             return False
         if spot.use == "charging":
             use = "charging"            # it stays plugged in, whatever comes late
