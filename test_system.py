@@ -1542,7 +1542,7 @@ class TheFog(Simulation):
             self.loop.call_soon(self.fog.deliver, message, 1)
         self.clock.wait(0.1)
         self.assertEqual(table, before)
-        self.assertEqual([who for who, what, _ in self.said if ":bad" in what],
+        self.assertEqual([who for who, what, _ in self.said if "reply" in what],
                          ["bob", "cid"])
         self.assertIsNone(self.reply["id"])
 
