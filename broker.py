@@ -55,7 +55,7 @@ from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker,
                           crash, crew, has_room, is_key, listening, mqtt_password,
                           outcome, read_op, read_reply, read_request, refusal, search,
                           start_up, until_stopped)
-from ring import (NAME, Invalid, OrNull, fit, is_id, need, number,
+from ring import (NAME, Invalid, Kind, fit, is_id, need, number,
                   one_of, read_json, read_object, whole)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
 
@@ -916,7 +916,8 @@ STATUS = {"broker": NAME, "cars": {NAME: CAR_STATE},
           "stations": {NAME: STATE | {"online": BOOLEAN}},
           "requests": {"local": COUNTER, "ring": COUNTER, "refused": COUNTER},
           "events": [TEXT]}
-CITY = {"brokers": {NAME: OrNull(STATUS)}}
+ANYTHING = Kind("anything", lambda value: True)
+CITY = {"brokers": {NAME: ANYTHING}}    # a status of each, or null: no answer
 
 
 class Fog:
@@ -1231,8 +1232,11 @@ class Fog:
         """What the cloud knows of all brokers; without it, what we know: ourselves."""
         trouble = ""
         try:
-            answer = fit(CITY, self.ask_cloud({"op": "city"}), "city")
-            brokers = answer["brokers"]
+            answer = self.ask_cloud({"op": "city"})
+            brokers = fit(CITY, answer, "city")["brokers"]
+            for name, status in brokers.items():
+                if status is not None:
+                    brokers[name] = fit(STATUS, status, name)
         except (NoAnswer, Invalid) as fault:
             trouble = f"no city: {fault!s:.99}"
             brokers = {self.name: self.status()}

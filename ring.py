@@ -100,15 +100,14 @@ def walk(brokers: Iterable[Broker], ask: Callable):
 
 
 # --- Checking what others wrote -------------------------------------------------------
-# A shape looks like the messages that fit it: {"use": USE, "id": Optional(ID)} fits
+# A shape looks like the messages that fit it: {"use": USE, "id?": ID} fits
 # {"use": "held"}, where USE and ID say what the values must be. These are all shapes:
 #
-#     NAME                      one value, of a kind that passes a test
-#     [NAME]                    a list of such values
-#     {NAME: USE}               an object with such keys and such values
-#     {"id": ID, "at": NAME}    an object with these fields; any other field is dropped,
-#     Optional(ID)              and one like this may be missing
-#     OrNull({"id": ID, ...})   such a thing, or null
+#     NAME                       one value, of a kind that passes a test
+#     [NAME]                     a list of such values
+#     {NAME: USE}                an object with such keys and such values
+#     {"id?": ID, "at": NAME}    an object with these fields; one with ? may be missing,
+#                                and a field that the shape does not know is dropped
 
 class Invalid(Exception):
     """What somebody else wrote is not what it must be. The text says why."""
@@ -118,16 +117,6 @@ class Kind(NamedTuple):
     """The shape of one value."""
     words: str          # what it must be, for the error message
     holds: Callable     # the test: value -> bool
-
-
-class Optional(NamedTuple):
-    """The shape of a field that may be missing. (Not the Optional of type hints.)"""
-    shape: object
-
-
-class OrNull(NamedTuple):
-    """The shape of something that may be null."""
-    shape: object
 
 
 def need(condition, why: str):
@@ -140,10 +129,6 @@ def fit(shape, value, what: str):
 
     This checks untrusted input. Our own invariants are covered by tests.
     """
-    if isinstance(shape, OrNull):
-        if value is None:
-            return None
-        shape = shape.shape
     if isinstance(shape, Kind):
         if not shape.holds(value):
             raise Invalid(f"{what} must be {shape.words}")
@@ -153,23 +138,18 @@ def fit(shape, value, what: str):
         return [fit(shape[0], item, what) for item in value]
     need(isinstance(value, dict), f"{what} must be an object")
     [first, *_] = shape
-    if isinstance(first, Kind):     # {NAME: USE}: any names, and each must have a USE
-        for name in value:
-            fit(first, name, what)
-        shape = {name: shape[first] for name in value}
-    return fit_fields(shape, value, what)
-
-
-def fit_fields(shape: dict, value: dict, what: str) -> dict:
     found = {}
-    for key, inner in shape.items():
-        where = f"{what}.{key}"
-        if isinstance(inner, Optional):
-            if key not in value:
-                continue
-            inner = inner.shape
-        need(key in value, f"{where} is missing")
-        found[key] = fit(inner, value[key], where)
+    if isinstance(first, Kind):         # {NAME: USE}
+        for name, item in value.items():
+            fit(first, name, what)
+            found[name] = fit(shape[first], item, f"{what}.{name}")
+        return found
+    for field, inner in shape.items():
+        name = field.rstrip("?")
+        if name in value:
+            found[name] = fit(inner, value[name], f"{what}.{name}")
+        else:
+            need(name != field, f"{what}.{name} is missing")
     return found
 
 
@@ -196,7 +176,9 @@ def is_id(text, longest=64) -> bool:
     """Printable text. (Control characters and lone surrogates are not printable.)"""
     if not isinstance(text, str):
         return False
-    return 1 <= len(text) <= longest and text.isprintable()
+    if not 1 <= len(text) <= longest:
+        return False
+    return text.isprintable()
 
 
 def is_name(text) -> bool:
@@ -245,7 +227,7 @@ PORT = whole(1, 65535)
 FILE = {    # servers.json
     "cloud": {"host": HOST, "port": PORT},
     "brokers": [{"name": NAME, "host": HOST, "mqtt": PORT, "http": PORT, "tcp": PORT}],
-    "places": {NAME: {"at": [COORDINATE], "broker": NAME, "spots": Optional(SPOTS)}},
+    "places": {NAME: {"at": [COORDINATE], "broker": NAME, "spots?": SPOTS}},
     "roads": [[NAME]],
 }
 

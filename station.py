@@ -33,7 +33,7 @@ from paho.mqtt import client as paho
 
 from cloud_server import (KEY, SECONDS, Story, choose_names, give_up, mqtt_password,
                           resolve, start_up, until_stopped)
-from ring import (NAME, SPOTS, Invalid, Kind, Optional, fit, is_id, one_of, read_object,
+from ring import (NAME, SPOTS, Invalid, Kind, fit, is_id, one_of, read_object,
                   whole)
 
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
@@ -45,8 +45,8 @@ GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
 USE = one_of("held", "charging")
 CLAIM_ID = Kind("1 to 200 printable characters", lambda value: is_id(value, 200))
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
-CLAIM = {"use": USE, "id": Optional(CLAIM_ID)}
-ANSWER = {"id": CLAIM_ID, "car": NAME, "ok": BOOLEAN, "lease": Optional(SECONDS)}
+CLAIM = {"use": USE, "id?": CLAIM_ID}
+ANSWER = {"id": CLAIM_ID, "car": NAME, "ok": BOOLEAN, "lease?": SECONDS}
 STATE = {"station": NAME, "spots": SPOTS, "free": whole(0, 200), "cars": {NAME: USE},
          "life": whole(0, 2**53)}
 
