@@ -488,7 +488,7 @@ class Connection(asyncio.Protocol):
     asyncio's loop waits for all sockets at once (`select`), and calls data_received
     when something has come. Nobody else runs meanwhile; so each call must be short.
 
-        reading --its SLICE of time is over--> paused --the others had theirs--> reading
+        reading --its SLICE is over, or it made work--> paused --a moment--> reading
         reading --too much is unsent--> blocked --it has been sent--> reading
         reading --a goodbye, an error, a silence, a takeover--> closed
         any of these --far too much is unsent or unacknowledged--> dropped --> closed
@@ -548,8 +548,9 @@ class Connection(asyncio.Protocol):
         try:
             while not self.is_blocked and self.do_next():
                 if self.is_ahead or monotonic() > end or len(TASKS) > tasks:
+                    pause = PAUSE if self.is_ahead else 0
                     self.transport.pause_reading()
-                    self.loop.call_later(PAUSE * self.is_ahead, self.work)
+                    self.loop.call_later(pause, self.work)
                     return
         except ProtocolError as fault:
             why, *code = fault.args

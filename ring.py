@@ -294,9 +294,10 @@ class City:
         return {place: ways[place] for place in ways if "spots" in self.places[place]}
 
     def within_range(self, start: str, km: float) -> dict[str, Way]:
-        """Those of them that a car can reach which can still drive so far."""
+        """Those of them that are at most so many km away."""
         ways = self.ways_to_stations(start)
-        return {station: way for station, way in ways.items() if way.km <= km}
+        return {station: way for station, way in ways.items()
+                if way.km <= km}
 
 
 def load(path) -> City:
