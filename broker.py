@@ -61,7 +61,8 @@ from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
-PAUSE = 0.001               # s after a message to who has enough to do already
+PAUSE = 0.001               # s after each message to who is behind with reading,
+CATCH_UP = 5                # for so many s: then it has had its chance
 BUDGET = 1024 * 1024        # bytes kept for one client: not yet sent; and all else
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
@@ -97,6 +98,9 @@ ANY = None
 FLAGS = {CONNECT: 0b0000, PUBLISH: ANY, PUBACK: 0b0000, PUBREC: 0b0000, PUBREL: 0b0010,
          PUBCOMP: 0b0000, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010, PINGREQ: 0b0000,
          DISCONNECT: 0b0000}
+
+# What does not wait for answers that are on their way to the same client
+OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ, DISCONNECT}
 
 # The flags of PUBLISH: it is sent again; the quality of service; keep it for later
 DUP = 0b1000
@@ -413,10 +417,15 @@ class Session:
         self.unacked = {}           # packet id: Unacked, the oldest first
         self.received = set()       # ids of QoS 2 that are not yet released
         self.ids = itertools.count()
-        self.kept = 0               # bytes of filters and unacked
+        self.filter_bytes = 0       # what filters and unacked cost
+        self.unacked_bytes = 0
+        self.behind_since = math.inf    # on the monotonic clock; inf: it is not
+        self.wanted = {}            # filters of new subscriptions: their QoS
+        self.looks_for = TopicTree()    # those of them whose retained messages it gets
+        self.topics = iter(())      # now, and the topics to look at for them
 
     def size(self):
-        return self.kept + OVERHEAD * len(self.received)
+        return self.filter_bytes + self.unacked_bytes + OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
         """Send or keep a message: the lower QoS of publisher and subscriber counts.
@@ -424,7 +433,7 @@ class Session:
         What has a packet id is kept until it is acknowledged. QoS 0 is sent and
         forgotten; if the client is absent, it is just forgotten.
 
-        Returns whether the client has enough to do already: see `is_behind`.
+        Returns whether the publisher must wait for this client.
         """
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
@@ -436,15 +445,23 @@ class Session:
             self.keep_to_budget()
         elif self.connection:
             self.connection.send(encode_publish(message))
-        return self.is_behind()
+        return self.is_waited_for()
 
     def is_behind(self):
-        """Half of one of its two budgets waits to be read, or to be acknowledged."""
+        """Half of its budget waits to be read, or to be acknowledged."""
         if self.connection is None:
-            return False        # an absent client hurries nobody
-        if self.connection.is_blocked:
-            return True
-        return len(self.unacked) > 0 and self.size() > BUDGET // 2
+            return False
+        return self.connection.is_blocked or self.unacked_bytes > BUDGET // 2
+
+    def is_waited_for(self):
+        """Publishers wait for who is behind (backpressure), but not for long: then it
+        must catch up, or it will be dropped."""
+        if not self.is_behind():
+            self.behind_since = math.inf
+            return False
+        now = monotonic()
+        self.behind_since = min(self.behind_since, now)
+        return now < self.behind_since + CATCH_UP
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -455,10 +472,11 @@ class Session:
 
     def keep(self, packet_id, unacked):
         self.unacked[packet_id] = unacked
-        self.kept += len(unacked.packet) + OVERHEAD
+        self.unacked_bytes += len(unacked.packet) + OVERHEAD
 
     def forget(self, packet_id):
-        self.kept -= len(self.unacked.pop(packet_id).packet) + OVERHEAD
+        unacked = self.unacked.pop(packet_id)
+        self.unacked_bytes -= len(unacked.packet) + OVERHEAD
 
     def send(self, packet_id):
         """Only what was sent before has DUP. [MQTT-3.3.1-1]"""
@@ -477,6 +495,35 @@ class Session:
             if self.connection:
                 return self.connection.drop("acknowledges too little")
             self.forget(next(iter(self.unacked)))
+
+    def look_at_retained(self, retained):
+        """One topic, for new subscriptions; the retain flag is on. [MQTT-3.3.1-6], 8
+
+        There may be thousands to look at, so it is one at a time, and in between others
+        have their turn. Returns whether there was one to look at now.
+        """
+        if self.is_behind():
+            return False
+        topic = next(self.topics, None)
+        if topic is None and self.wanted:
+            self.look_for_wanted(retained)
+            topic = next(self.topics)
+        message = retained.get(topic)
+        if message:
+            for topic_filter, granted in self.looks_for.match(topic).items():
+                if topic_filter in self.filters:        # still [MQTT-3.10.4-2]
+                    self.deliver(message, granted)
+        return topic is not None
+
+    def look_for_wanted(self, retained):
+        topics = self.wanted
+        self.looks_for = TopicTree()
+        for topic_filter, qos in self.wanted.items():
+            self.looks_for.add(topic_filter, topic_filter, qos)
+        if retained and WILDCARD.search(" ".join(self.wanted)):
+            topics = retained                           # any of them may match
+        self.topics = iter(list(topics))
+        self.wanted = {}
 
 
 class Connection(asyncio.Protocol):
@@ -503,9 +550,6 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = []               # what goes out when the loop comes round,
         self.waiting = 0            # and its bytes
-        self.wanted = {}            # filters of new subscriptions: their QoS
-        self.looks_for = TopicTree()    # those of them whose retained messages it gets
-        self.topics = iter(())      # now, and the topics to look at for them
         self.is_blocked = False     # it reads too slowly: see pause_writing
         self.is_ahead = False       # of who gets its messages
         self.is_closed = False
@@ -527,10 +571,9 @@ class Connection(asyncio.Protocol):
         self.work()
 
     def pause_writing(self):
-        """asyncio says that too much waits to be sent. So we read nothing more from
-        this client (backpressure): who takes no answers must not send us questions."""
+        """asyncio says that too much waits to be sent (backpressure). Who takes no
+        answers must not send us questions, but only what is in OVERTAKES."""
         self.is_blocked = True
-        self.transport.pause_reading()
 
     def resume_writing(self):
         self.is_blocked = False
@@ -546,7 +589,7 @@ class Connection(asyncio.Protocol):
         tasks = len(TASKS)
         self.is_ahead = False
         try:
-            while not self.is_blocked and self.do_next():
+            while self.do_next():
                 if self.is_ahead or monotonic() > end or len(TASKS) > tasks:
                     pause = PAUSE if self.is_ahead else 0
                     self.transport.pause_reading()
@@ -557,21 +600,32 @@ class Connection(asyncio.Protocol):
             if code:
                 self.send(encode(CONNACK, bytes([0, *code])))   # no session [-3.2.2-4]
             self.close(why)
-        if not self.is_blocked:
+        if self.is_blocked and self.buffer:
+            self.transport.pause_reading()
+        else:
             self.transport.resume_reading()
 
     def do_next(self):
-        """One packet, or one retained message. Returns whether there was one."""
+        """One packet or one retained message. Returns whether there was one.
+
+        What is retained comes before any answer to what its subscriber says next: so a
+        station's mark comes back after its old state.
+        """
         if self.is_closed:
             return False
+        kind = self.buffer[0] // 16 if self.buffer else None
         if self.session is None and self.buffer:
             is_connect = self.buffer[0] == CONNECT * 16
             require(is_connect, "CONNECT must be the first packet")     # [MQTT-3.1.0-1]
+        elif self.session and kind not in OVERTAKES:
+            if self.is_blocked:
+                return False
+            if self.session.look_at_retained(self.server.retained):
+                return True
         packet = take_packet(self.buffer)
-        if packet:
-            self.HANDLERS[packet.kind](self, packet)
-        elif not self.look_at_retained():
+        if packet is None:
             return False
+        self.HANDLERS[packet.kind](self, packet)
         self.deadline = monotonic() + self.patience                # [MQTT-3.1.2-24]
         return True
 
@@ -661,39 +715,7 @@ class Connection(asyncio.Protocol):
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
         for (topic_filter, _), code in zip(asked, codes):
             if code != 0x80:
-                self.wanted[topic_filter] = code
-
-    def look_at_retained(self):
-        """One topic, for new subscriptions; the retain flag is on. [MQTT-3.3.1-6], 8
-
-        There may be thousands to look at. So packets come first, acknowledgements among
-        them; and who acknowledges too little gets no more for now.
-
-        Returns whether there was one to look at.
-        """
-        session = self.session
-        if session is None or session.is_behind():
-            return False
-        topic = next(self.topics, None)
-        if topic is None and self.wanted:
-            self.look_for_wanted()
-            topic = next(self.topics)
-        message = self.server.retained.get(topic)
-        if message:
-            for topic_filter, granted in self.looks_for.match(topic).items():
-                if topic_filter in session.filters:     # it still is [MQTT-3.10.4-2]
-                    session.deliver(message, granted)
-        return topic is not None
-
-    def look_for_wanted(self):
-        topics = self.wanted
-        self.looks_for = TopicTree()
-        for topic_filter, qos in self.wanted.items():
-            self.looks_for.add(topic_filter, topic_filter, qos)
-        if WILDCARD.search(" ".join(self.wanted)):
-            topics = self.server.retained or topics             # any of them may match
-        self.topics = iter(list(topics))
-        self.wanted = {}
+                self.session.wanted[topic_filter] = code
 
     def do_unsubscribe(self, packet):
         """packet identifier | topic filter | topic filter | ..."""
@@ -824,13 +846,13 @@ class MqttServer:
             if session.size() + cost > BUDGET:
                 return 0x80
             session.filters.add(topic_filter)
-            session.kept += cost
+            session.filter_bytes += cost
         self.tree.add(topic_filter, session, qos)
         return qos
 
     def unsubscribe(self, session, topic_filter):
         session.filters.remove(topic_filter)
-        session.kept -= filter_cost(topic_filter)
+        session.filter_bytes -= filter_cost(topic_filter)
         self.tree.remove(topic_filter, session)
 
     def subscribe_inside(self, topic_filter, subscriber):
@@ -1292,9 +1314,11 @@ class Http(http.server.BaseHTTPRequestHandler):
             status, answer = self.answer(levels[1:])
             self.reply(status, answer)
         except Denied as fault:
-            self.deny(*fault.args)
+            status, why = fault.args
+            self.send_error(status, explain=json.dumps(why)[1:-1])
         except Invalid as fault:
-            self.deny(400, str(fault))
+            self.send_error(400, explain=json.dumps(str(fault))[1:-1])
+        self.let_finish()
 
     do_GET = do_POST = do_DELETE = do
 
@@ -1378,9 +1402,8 @@ class Http(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def deny(self, status, why):
-        """Says no; and lets the guest finish, or it might miss that while it sends."""
-        self.send_error(status, explain=json.dumps(why)[1:-1])
+    def let_finish(self):
+        """A guest who still sends what we did not read would miss our answer."""
         self.connection.shutdown(socket.SHUT_WR)
         while self.rfile.read(LIMIT):
             pass
@@ -1592,13 +1615,16 @@ class ExternalServer:
 
     def subscribe_inside(self, topic_filter, subscriber):
         self.filters.append((topic_filter, 1))
+        self.subscriber = subscriber
         self.client.on_message = lambda client, data, message: (
             self.loop.call_soon_threadsafe(subscriber.deliver, message, 1))
 
     def on_connect(self, client, data, flags, code, properties):
-        """Each time: a server that was started again knows no subscriptions."""
+        """Each time: a server that was started again knows no subscriptions, and who
+        is not online there is not online."""
         self.tell("<-", "mqtt", f"the external server says: {code}")
         if not code.is_failure:
+            self.loop.call_soon_threadsafe(self.subscriber.online.clear)
             client.subscribe(self.filters)
 
     def publish(self, topic, payload, qos):
@@ -1630,7 +1656,7 @@ async def watch(server):
         await asyncio.sleep(0.5)
         now = monotonic()
         for connection in list(server.connections):
-            if connection.deadline < now:
+            if connection.deadline < now and connection.transport.is_reading():
                 connection.close("was silent for too long")
 
 

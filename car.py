@@ -173,8 +173,10 @@ class Car(Client):
         self.become("charging", "at", self.at)
         self.claim()
         missing = 0.0               # s here and connected, but not shown as charging
-        while self.offer and self.battery < 100 and missing < SHOWN_WAIT:
+        while self.battery < 100 and missing < SHOWN_WAIT:
             seconds = self.pause()
+            if self.offer is None:
+                return False
             if self.shown == "charging":
                 self.battery = min(100.0, self.battery + POWER * seconds)
                 missing = 0.0

@@ -55,6 +55,7 @@ PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5: the thi
                     # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
 FIRST_PAUSE = 10    # s for which somebody silent is left out; then twice as long ...
 LONGEST_PAUSE = 80  # ... but never longer than this
+KEPT = 8            # idle connections to one address
 POLLSTERS = 8       # threads that ask all brokers for their status at once
 RETRY_FULL = 5      # s after which a refused car asks again: a spot may be free
 RETRY_OTHER = 60    # s where asking again can hardly help
@@ -394,14 +395,16 @@ class Breaker:
 
 
 class Caller:
-    """Asks other parts' doors. Used by many threads; each has connections of its own.
+    """Asks other parts' doors, for many threads.
 
-    A connection is kept open for the next question: to open one costs more than to ask.
+    Some connections are kept open for the next question, whoever asks it: to open one
+    costs more than to ask. `lock` guards `kept`.
     """
 
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
-        self.kept = threading.local()   # in each thread: address -> connection
+        self.lock = threading.Lock()
+        self.kept = collections.defaultdict(list)   # address: connections, all idle
 
     def ask(self, address: tuple[str, int], request: dict, seconds: float) -> dict:
         """The answer to a request. Raises NoAnswer."""
@@ -428,7 +431,7 @@ class Caller:
         if KEY:
             request = request | {"key": KEY}
         line = json.dumps(request) + "\n"
-        kept = self.kept.__dict__.pop(address, None)
+        kept = self.take_kept(address)
         if kept:
             # Its other end may have been closed since: then go on, and ask once more.
             # That is harmless, as claims are idempotent. After a time-out we never do.
@@ -447,8 +450,16 @@ class Caller:
         answer = reader.readline(ANSWER_LIMIT)
         if not answer.endswith(b"\n"):
             raise ConnectionError("it hung up")
-        self.kept.__dict__[address] = reader
+        with self.lock:
+            if len(self.kept[address]) < KEPT:
+                self.kept[address].append(reader)
         return answer
+
+    def take_kept(self, address):
+        with self.lock:
+            if self.kept[address]:
+                return self.kept[address].pop()
+        return None
 
 
 # --- Requests and replies -------------------------------------------------------------

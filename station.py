@@ -39,6 +39,7 @@ from ring import (NAME, SPOTS, Invalid, Kind, fit, is_id, one_of, read_object,
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
 TURN = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
+FROZEN = 1          # s for one such look: this process did not run, or could not
 KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
 GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
 
@@ -244,9 +245,13 @@ class Station(Client):
 
     def live(self):
         while not self.stopping.is_set():
+            before = monotonic()
             self.attend(TURN)
-            if self.is_up and self.is_serving:
-                self.end_leases(monotonic())
+            now = monotonic()
+            if now > before + FROZEN:
+                self.begin_leases()     # whoever claimed meanwhile is yet to be heard
+            elif self.is_up and self.is_serving:
+                self.end_leases(now)
         if not self.fault:          # else the other one of our name is online
             self.publish(f"{self.topic}/online", False, retain=True)
         self.close()
@@ -281,11 +286,8 @@ class Station(Client):
             self.stopping.set()
 
     def serve(self):
-        """Our mark is back. All leases begin anew: while we were away, nobody could
-        claim."""
-        until = monotonic() + self.lease
-        for car, spot in self.cars.items():
-            self.cars[car] = spot._replace(until=until)
+        """Our mark is back: what it has retained has come."""
+        self.begin_leases()
         self.is_restored = True
         self.is_serving = True
         self.unsubscribe(*self.memory)
@@ -293,6 +295,12 @@ class Station(Client):
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
+
+    def begin_leases(self):
+        """All anew: while we were away, nobody could claim."""
+        until = monotonic() + self.lease
+        for car, spot in self.cars.items():
+            self.cars[car] = spot._replace(until=until)
 
     # --- what it hears
 

@@ -1018,14 +1018,14 @@ class Line(mock.Mock):
             raise ConnectionRefusedError("down")
 
     def loop(self, seconds):
-        self.city.clock.wait(seconds)
+        if not self.inbox:
+            self.city.clock.wait(seconds)
         while self.owner in self.city.frozen:
             self.city.clock.wait(seconds)
         if self.broker in self.city.down:
             return station.paho.MQTT_ERR_CONN_LOST
-        inbox, self.inbox = self.inbox, []
-        for message in inbox:
-            self.on_message(self, None, message)
+        if self.inbox:                  # one at a time, as paho does
+            self.on_message(self, None, self.inbox.pop(0))
         return station.paho.MQTT_ERR_SUCCESS
 
     def publish(self, *message):
@@ -1055,7 +1055,7 @@ class Simulation(Story):
     def begins(self, file):
         self.map = ring.City(file)
         self.down = set()       # brokers that do not run
-        self.frozen = set()     # stations that hang
+        self.frozen = set()     # stations and cars that hang
         self.said = []          # (who, what, how many s after a car has last set out)
         self.ids = []           # of the claims by a fog node
         self.parts = {}
@@ -1275,6 +1275,18 @@ class TheStation(Simulation):
             time passes 2
             P1 has""")
 
+    def test_a_freeze_ends_no_lease(self):
+        """Whoever claimed meanwhile is yet to be heard."""
+        self.plays("""
+            P1 starts
+            ann claims P1 held
+            bob claims P1 held
+            P1 has ann-held bob-held; freezes
+            time passes 20
+            ann claims P1 held
+            bob claims P1 held
+            P1 thaws; has ann-held bob-held""")
+
     def test_it_remembers(self):
         """Once, with whole leases, and no more cars than it has spots. And the one that
         was started later is the station: the older one ends, and says nothing more."""
@@ -1352,6 +1364,15 @@ class TheCar(Simulation):
             time passes 12
             zoe says request:A@0 claim:P1:held@0,4 claim:P1:charging@1,2,3,4 \
                 leave:P1@4 request:P1@4,10""")
+
+    def test_frozen_for_longer_than_a_lease_it_has_not_charged(self):
+        self.plays("""
+            P1 starts lease=6
+            zoe drives battery=5
+            time passes 3
+            zoe freezes
+            time passes 20
+            zoe thaws; says request:A@0 request:P1@23""")
 
     def test_a_broker_away_costs_no_spot_within_a_lease(self):
         """On its way, as it arrives, or as it charges: it goes on, and claims when the
@@ -1800,6 +1821,19 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
             await asyncio.sleep(0.1)
             self.assertEqual(eve.buffer, b"")
 
+    async def test_who_is_behind_is_waited_for_but_not_for_long(self):
+        """And is heard meanwhile, but for what asks for more."""
+        ann = join(self.server, connect("ann"), subscribe("t"))
+        ann.is_blocked = True
+        self.assertTrue(self.server.publish("t", b""))
+        ann.session.behind_since -= broker.CATCH_UP
+        self.assertFalse(self.server.publish("t", b""))
+        ann.data_received(PING + PING + publish("t") + PING)
+        self.assertEqual(ann.out[-2:], [PONG, PONG])
+        self.assertEqual(ann.buffer, publish("t") + PING)
+        ann.resume_writing()
+        self.assertEqual(ann.buffer, b"")
+
     async def test_many_retained_messages(self):
         """More than its budget: the next ones when it has acknowledged."""
         for n in range(40):
@@ -2000,6 +2034,15 @@ class Mqtt(Story):
             self.people["ann"].publishes(self.t, b"", retain=1)
             self.people["bob"].takes(self.t, b"").subscribes(f"+/{self.mark}").quiet()
             self.people["bob"].unsubscribes(f"+/{self.mark}")
+
+    def test_retained_comes_first(self):
+        """Before what its subscriber says next; also if that is goodbye, for now."""
+        self.plays("ann publishes t old qos=1 retain=1")
+        bob = self.people["bob"].send(subscribe(self.t), publish(self.t, b"mark"))
+        bob.expect(ack(SUBACK, 9, 0)).takes(self.t, b"old", retain=1)
+        self.plays("bob takes t mark \n cid joins session=0")
+        self.people["cid"].vanish(subscribe(self.t, qos=1), GOODBYE)
+        self.plays("cid joins session=1; takes t old qos=1 retain=1; quiet")
 
     def test_retained_more_than_its_budget(self):
         """Who reads slowly, but reads, gets all of them: at its own pace."""
@@ -2363,10 +2406,13 @@ class Drills(Story):
         self.addCleanup(mosquitto.erase)
         self.has("city", mqtt=port, P1=1, P3=1)
         self.plays("ann gets P1 0 server1 \n bob gets P3")
-        mosquitto.dies().comes_back().says("running")
+        mosquitto.dies()
+        self.city["P3"].dies()
+        mosquitto.comes_back().says("running")
         self.plays("""
             P1 says serves:.0.of
             server1 says connection.lost Success
+            P3 is_offline
             cid gets nothing
             zoe drives; says full""")
         self.city.claims("ann", "P1", "leave")
