@@ -363,7 +363,7 @@ def main():
     for name in dict.fromkeys(args.names):      # each of them once
         taken = name in city.places or city.ring.find(name)
         if taken or not is_name(name):
-            give_up(f"{args.config}: {name!a} is no good name for a car here")
+            give_up(f"{args.config}: {name!a} cannot be the name of a car here")
         cars.append(Car(name, city, at, args.battery, args.speed, args.charges))
     with until_stopped():
         live_until_stopped(cars)

@@ -218,7 +218,7 @@ class Part:
     def says(self, *patterns):
         """Wait until it has said these, one after the other, after what came before."""
         for pattern in patterns:
-            self.read = wait_until(lambda: self.find(pattern), f"{pattern} of {self}")
+            self.read = wait_until(lambda: self.find(pattern), (pattern, self))
         return self
 
     def find(self, pattern):
@@ -228,7 +228,7 @@ class Part:
                 return at + 1
         assert not over, f"it ended without {pattern}: {self}"
 
-    def __str__(self):
+    def __repr__(self):
         return "\n".join(self.lines[-40:])
 
     def ends(self, status, seconds=DEADLINE):

@@ -117,7 +117,7 @@ def play(set_up, end, stories, key=""):
 
 def main():
     set_up, *drills = blocks("Break it")
-    [end] = re.findall(r"End\s+with\s+`(.*)`", section("Break it"))
+    [end] = re.findall(r"At the end of all:\s+`(.*)`", section("Break it"))
     [key] = blocks("The key")
     play(set_up, end, [*blocks("Ask by hand"), *blocks("Rush hour")])
     play(set_up, end, drills)
