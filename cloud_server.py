@@ -359,7 +359,7 @@ class NoAnswer(Exception):
     """There is no answer, or none that can be used. The text is the true cause."""
 
 
-NEVER = 0.0, FIRST_PAUSE / 2        # left out until then, for so long; see `failed`
+NEVER = 0.0, FIRST_PAUSE    # left out until then; the next time for so many seconds
 
 
 class Breaker:
@@ -375,19 +375,19 @@ class Breaker:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.silent = {}    # who: (left out until, for how many seconds)
+        self.silent = {}    # who: (left out until, for how long the next time)
 
     def is_open(self, who):
-        return monotonic() < self.silent.get(who, NEVER)[0]
+        until, _ = self.silent.get(who, NEVER)
+        return monotonic() < until
 
     def failed(self, who):
         """Its time was up. Many may find that out at once: that counts as one time."""
         with self.lock:
             now = monotonic()
-            until, seconds = self.silent.get(who, NEVER)
+            until, pause = self.silent.get(who, NEVER)
             if now >= until:
-                seconds = min(2 * seconds, LONGEST_PAUSE)
-                self.silent[who] = now + seconds, seconds
+                self.silent[who] = now + pause, min(2 * pause, LONGEST_PAUSE)
 
     def answered(self, who):
         with self.lock:

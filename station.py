@@ -281,8 +281,9 @@ class Station(Client):
             self.cars = {car: FREE._replace(use=uses[car])
                          for car in cars[:self.spots]}
         elif state["life"] != self.life:
-            self.fault = f"{self.name} was started again elsewhere: that one goes on"
-            self.tell(self.fault)
+            why = "was started again elsewhere: that one goes on"
+            self.fault = f"{self.name} {why}"
+            self.tell(why)
             self.stopping.set()
 
     def serve(self):
