@@ -552,6 +552,7 @@ class Connection(asyncio.Protocol):
         self.waiting = 0            # and its bytes
         self.is_blocked = False     # it reads too slowly: see pause_writing
         self.is_ahead = False       # of who gets its messages
+        self.turn = None            # a TimerHandle: when it goes on
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
@@ -588,12 +589,14 @@ class Connection(asyncio.Protocol):
         end = monotonic() + SLICE
         tasks = len(TASKS)
         self.is_ahead = False
+        if self.turn:
+            self.turn.cancel()      # it has only one at a time
         try:
             while self.do_next():
                 if self.is_ahead or monotonic() > end or len(TASKS) > tasks:
                     pause = PAUSE if self.is_ahead else 0
                     self.transport.pause_reading()
-                    self.loop.call_later(pause, self.work)
+                    self.turn = self.loop.call_later(pause, self.work)
                     return
         except ProtocolError as fault:
             why, *code = fault.args
@@ -614,10 +617,9 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return False
         kind = self.buffer[0] // 16 if self.buffer else None
-        if self.session is None and self.buffer:
-            is_connect = self.buffer[0] == CONNECT * 16
-            require(is_connect, "CONNECT must be the first packet")     # [MQTT-3.1.0-1]
-        elif self.session and kind not in OVERTAKES:
+        if self.session is None:                                # [MQTT-3.1.0-1]
+            require(kind in (CONNECT, None), "CONNECT must be the first packet")
+        elif kind not in OVERTAKES:
             if self.is_blocked:
                 return False
             if self.session.look_at_retained(self.server.retained):
