@@ -61,8 +61,8 @@ from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
-PAUSE = 0.001               # s after each message to who is behind with reading,
-CATCH_UP = 5                # for so many s: then it has had its chance
+PAUSE = 0.001               # s after each message to who is behind with reading ...
+CATCH_UP = 5                # ... for so many s at most: then it has had its chance
 BUDGET = 1024 * 1024        # bytes kept for one client: not yet sent; and all else
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
@@ -421,8 +421,9 @@ class Session:
         self.unacked_bytes = 0
         self.behind_since = math.inf    # on the monotonic clock; inf: it is not
         self.wanted = {}            # filters of new subscriptions: their QoS
-        self.looks_for = TopicTree()    # those of them whose retained messages it gets
-        self.topics = iter(())      # now, and the topics to look at for them
+        self.looks_for = {}         # those of them whose retained messages it gets now,
+        self.looks_in = TopicTree()     # the same as a tree,
+        self.topics = iter(())      # and the topics to look at for them
 
     def size(self):
         return self.filter_bytes + self.unacked_bytes + OVERHEAD * len(self.received)
@@ -454,8 +455,8 @@ class Session:
         return self.connection.is_blocked or self.unacked_bytes > BUDGET // 2
 
     def is_waited_for(self):
-        """Publishers wait for who is behind (backpressure), but not for long: then it
-        must catch up, or it will be dropped."""
+        """Publishers slow down for who is behind (backpressure), but not for long: then
+        it must have caught up, or it will be dropped."""
         if not self.is_behind():
             self.behind_since = math.inf
             return False
@@ -510,20 +511,30 @@ class Session:
             topic = next(self.topics)
         message = retained.get(topic)
         if message:
-            for topic_filter, granted in self.looks_for.match(topic).items():
+            for topic_filter, granted in self.looks_in.match(topic).items():
                 if topic_filter in self.filters:        # still [MQTT-3.10.4-2]
                     self.deliver(message, granted)
         return topic is not None
 
     def look_for_wanted(self, retained):
-        topics = self.wanted
-        self.looks_for = TopicTree()
-        for topic_filter, qos in self.wanted.items():
-            self.looks_for.add(topic_filter, topic_filter, qos)
-        if retained and WILDCARD.search(" ".join(self.wanted)):
+        self.looks_for = self.wanted
+        self.looks_in = TopicTree()
+        self.wanted = {}
+        for topic_filter, qos in self.looks_for.items():
+            self.looks_in.add(topic_filter, topic_filter, qos)
+        topics = self.looks_for
+        if retained and WILDCARD.search(" ".join(self.looks_for)):
             topics = retained                           # any of them may match
         self.topics = iter(list(topics))
-        self.wanted = {}
+
+    def disconnect(self):
+        """Whatever it was being given, it is given again when it is back."""
+        self.connection = None
+        self.behind_since = math.inf
+        if next(self.topics, None) is not None:
+            self.wanted = self.looks_for | self.wanted
+            self.topics = iter(())
+        self.keep_to_budget()
 
 
 class Connection(asyncio.Protocol):
@@ -556,6 +567,7 @@ class Connection(asyncio.Protocol):
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
+        self.unsent = 0             # bytes, when `is_silent` was last asked
 
     def connection_made(self, transport):
         self.transport = transport
@@ -579,6 +591,15 @@ class Connection(asyncio.Protocol):
     def resume_writing(self):
         self.is_blocked = False
         self.work()
+
+    def is_silent(self):
+        """No whole packet came in time, nor does it still read. [MQTT-3.1.2-24]"""
+        now = monotonic()
+        unsent = self.transport.get_write_buffer_size()
+        if self.is_blocked and unsent < self.unsent:
+            self.deadline = now + self.patience
+        self.unsent = unsent
+        return now > self.deadline
 
     def work(self):
         """Do what there is to do, for a slice of time; then it is the others' turn.
@@ -612,7 +633,8 @@ class Connection(asyncio.Protocol):
         """One packet or one retained message. Returns whether there was one.
 
         What is retained comes before any answer to what its subscriber says next: so a
-        station's mark comes back after its old state.
+        station's mark comes back after its old state. (Not where the subscriber must
+        acknowledge first what it has: else both could wait for ever.)
         """
         if self.is_closed:
             return False
@@ -823,8 +845,7 @@ class MqttServer:
             self.tell("<-", "somebody", why)
             return
         self.tell("<-", session.client_id, why)
-        session.connection = None
-        session.keep_to_budget()
+        session.disconnect()
         self.absent[session] = None
         if session.clean:
             self.drop(session)
@@ -854,6 +875,7 @@ class MqttServer:
 
     def unsubscribe(self, session, topic_filter):
         session.filters.remove(topic_filter)
+        session.wanted.pop(topic_filter, None)
         session.filter_bytes -= filter_cost(topic_filter)
         self.tree.remove(topic_filter, session)
 
@@ -1320,7 +1342,6 @@ class Http(http.server.BaseHTTPRequestHandler):
             self.send_error(status, explain=json.dumps(why)[1:-1])
         except Invalid as fault:
             self.send_error(400, explain=json.dumps(str(fault))[1:-1])
-        self.let_finish()
 
     do_GET = do_POST = do_DELETE = do
 
@@ -1404,11 +1425,13 @@ class Http(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def let_finish(self):
+    def finish(self):
         """A guest who still sends what we did not read would miss our answer."""
-        self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read(LIMIT):
-            pass
+        with suppress(OSError):         # or it has hung up, or takes too long
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read(LIMIT):
+                pass
+        super().finish()
 
     def log_message(self, *args):
         """The fog tells its story; a line for each look at the page would drown it."""
@@ -1610,6 +1633,7 @@ class ExternalServer:
         self.filters = []
         self.client = mqtt_client(broker.name)
         self.client.on_connect = self.on_connect
+        self.client.on_message = self.on_message
         self.client.on_disconnect = lambda *_: tell("<-", "mqtt", "connection lost")
         self.client.on_connect_fail = lambda *_: tell("->", "mqtt", "no answer yet")
         self.client.reconnect_delay_set(1, 2)
@@ -1618,8 +1642,6 @@ class ExternalServer:
     def subscribe_inside(self, topic_filter, subscriber):
         self.filters.append((topic_filter, 1))
         self.subscriber = subscriber
-        self.client.on_message = lambda client, data, message: (
-            self.loop.call_soon_threadsafe(subscriber.deliver, message, 1))
 
     def on_connect(self, client, data, flags, code, properties):
         """Each time: a server that was started again knows no subscriptions, and who
@@ -1628,6 +1650,11 @@ class ExternalServer:
         if not code.is_failure:
             self.loop.call_soon_threadsafe(self.subscriber.online.clear)
             client.subscribe(self.filters)
+
+    def on_message(self, client, data, message):
+        with suppress(UnicodeDecodeError):      # a topic that is not UTF-8
+            heard = Message(message.topic, message.payload, retain=message.retain)
+            self.loop.call_soon_threadsafe(self.subscriber.deliver, heard, 0)
 
     def publish(self, topic, payload, qos):
         self.client.publish(topic, payload, qos)
@@ -1656,9 +1683,8 @@ async def watch(server):
     """
     while True:
         await asyncio.sleep(0.5)
-        now = monotonic()
         for connection in list(server.connections):
-            if connection.deadline < now and connection.transport.is_reading():
+            if connection.is_silent():
                 connection.close("was silent for too long")
 
 

@@ -40,6 +40,7 @@ LOW = 25            # %: below it the car asks for a spot
 POWER = 10          # % a second that charging adds
 NEWS = 1.0          # s between two messages about the battery
 REPLY_WAIT = 10     # s for a reply; the broker has 9
+STRANDED = 60       # s between two looks for a road, where there is none
 SHOWN_WAIT = 3      # s until the station must show the car as charging ...
 INSIST = 1.0        # ... and s between its claims until then
 PERCENT = number("a number from 0 to 100", 0, 100)
@@ -88,7 +89,7 @@ class Car(Client):
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
                 elif place == self.at:
-                    self.pause()        # it can go nowhere
+                    self.wait(STRANDED)
                 else:
                     self.become("driving")
                     self.travel(place)

@@ -125,20 +125,22 @@ class Client:
                 self.hear(message)
             except Invalid as fault:
                 self.tell("<-", message.topic, f"invalid message: {fault!s:.99}")
-            except UnicodeDecodeError:      # paho's word, when asked for the topic
-                self.tell("<-", self.broker.name, "a topic that is not UTF-8")
 
     def connect(self):
         self.next_try = monotonic() + RECONNECT
         client = mqtt_client(self.name)
         client.will_set(*self.will, qos=1, retain=True)
-        client.on_message = lambda client, data, message: self.inbox.append(message)
+        client.on_message = self.take_in
         client.on_disconnect = self.note_why
         try:
             client.connect(resolve(self.broker.host), self.broker.mqtt, KEEPALIVE)
             self.mqtt = client
         except OSError as fault:
             self.lose(f"no connection ({fault})")
+
+    def take_in(self, client, data, message):
+        message.topic       # a ValueError if it is not UTF-8: see `work`
+        self.inbox.append(message)
 
     def note_why(self, client, data, flags, reason, properties):
         """Paho alone knows whether it was the broker that left, or our patience."""
@@ -244,8 +246,9 @@ class Station(Client):
         self.aim_at(broker, f"{self.topic}/online", False)
 
     def live(self):
+        now = monotonic()
         while not self.stopping.is_set():
-            before = monotonic()
+            before = now
             self.attend(TURN)
             now = monotonic()
             if now > before + FROZEN:

@@ -1250,7 +1250,9 @@ class TheStation(Simulation):
         self.claims("e\u200be", "P1", "held")           # no name: it is not printable
         self.claims("eve", "P1", "free")
         self.claims("eve", "P1", "held", id="i" * 201)
-        self.parts["P1"].mqtt.inbox.append(station.paho.MQTTMessage(topic=b"\xff"))
+        bad = station.paho.MQTTMessage(topic=b"\xff")
+        with self.assertRaises(ValueError):     # which paho's loop passes on
+            self.parts["P1"].take_in(None, None, bad)
         self.plays("P1 has bob-held")
 
     def test_a_lease_ends_by_itself(self):
@@ -1834,6 +1836,14 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(ann.buffer, publish("t") + PING)
         ann.resume_writing()
         self.assertEqual(ann.buffer, b"")
+
+    async def test_who_reads_is_not_silent(self):
+        ann = join(self.server, connect("ann", keep=9))
+        ann.is_blocked = True
+        for unsent, silent in (900, True), (800, False), (800, True):
+            ann.transport.get_write_buffer_size.return_value = unsent
+            ann.deadline = 0.0
+            self.assertEqual(ann.is_silent(), silent)
 
     async def test_many_retained_messages(self):
         """More than its budget: the next ones when it has acknowledged."""
