@@ -139,8 +139,10 @@ class Client:
             self.lose(f"no connection ({fault})")
 
     def take_in(self, client, data, message):
-        message.topic       # a ValueError if it is not UTF-8: see `work`
-        self.inbox.append(message)
+        """Paho calls this, in `loop`. A topic that is not UTF-8 is a ValueError, here
+        where it is first asked for; `loop` passes that on to `work`."""
+        if message.topic:
+            self.inbox.append(message)
 
     def note_why(self, client, data, flags, reason, properties):
         """Paho alone knows whether it was the broker that left, or our patience."""
