@@ -1376,8 +1376,11 @@ class TheCar(Simulation):
             zoe drives battery=5
             time passes 3
             zoe freezes
+            server1 dies
             time passes 20
-            zoe thaws; says request:A@0 request:P1@23""")
+            zoe thaws
+            time passes 0.5""")
+        self.assertLess(self.parts["zoe"].battery, 50)
 
     def test_a_broker_away_costs_no_spot_within_a_lease(self):
         """On its way, as it arrives, or as it charges: it goes on, and claims when the
