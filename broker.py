@@ -59,6 +59,7 @@ from ring import (NAME, Invalid, Kind, fit, is_id, need, number,
                   one_of, read_json, read_object, whole)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
 
+BLOCKED_WAIT = 60           # s more for who may be busy with reading
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
 PAUSE = 0.001               # s after each message to who is behind with reading ...
@@ -100,7 +101,7 @@ FLAGS = {CONNECT: 0b0000, PUBLISH: ANY, PUBACK: 0b0000, PUBREC: 0b0000, PUBREL: 
          DISCONNECT: 0b0000}
 
 # What does not wait for answers that are on their way to the same client
-OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ, DISCONNECT}
+OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
 # The flags of PUBLISH: it is sent again; the quality of service; keep it for later
 DUP = 0b1000
@@ -528,13 +529,18 @@ class Session:
         self.topics = iter(list(topics))
 
     def disconnect(self):
-        """Whatever it was being given, it is given again when it is back."""
+        """What it is still to be given waits for it; if that is too much, from its
+        beginning, so some of it may come twice."""
         self.connection = None
         self.behind_since = math.inf
-        if next(self.topics, None) is not None:
-            self.wanted = self.looks_for | self.wanted
-            self.topics = iter(())
         self.keep_to_budget()
+        rest = list(self.topics)
+        cost = sum(map(len, rest)) + OVERHEAD * len(rest)
+        if cost > BUDGET - self.size():
+            again = self.looks_for | self.wanted
+            self.wanted = {name: again[name] for name in again if name in self.filters}
+            rest = []
+        self.topics = iter(rest)
 
 
 class Connection(asyncio.Protocol):
@@ -567,7 +573,6 @@ class Connection(asyncio.Protocol):
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
-        self.unsent = 0             # bytes, when `is_silent` was last asked
 
     def connection_made(self, transport):
         self.transport = transport
@@ -585,7 +590,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self):
         """asyncio says that too much waits to be sent (backpressure). Who takes no
-        answers must not send us questions, but only what is in OVERTAKES."""
+        answers must not ask: we hear only its goodbye, and what is in OVERTAKES."""
         self.is_blocked = True
 
     def resume_writing(self):
@@ -593,13 +598,10 @@ class Connection(asyncio.Protocol):
         self.work()
 
     def is_silent(self):
-        """No whole packet came in time, nor does it still read. [MQTT-3.1.2-24]"""
-        now = monotonic()
-        unsent = self.transport.get_write_buffer_size()
-        if self.is_blocked and unsent < self.unsent:
-            self.deadline = now + self.patience
-        self.unsent = unsent
-        return now > self.deadline
+        """No whole packet came in time. [MQTT-3.1.2-24] (Or we did not look, as it does
+        not read: that is not yet a silence.)"""
+        more = BLOCKED_WAIT if self.is_blocked else 0
+        return monotonic() > self.deadline + more
 
     def work(self):
         """Do what there is to do, for a slice of time; then it is the others' turn.
@@ -642,10 +644,11 @@ class Connection(asyncio.Protocol):
         if self.session is None:                                # [MQTT-3.1.0-1]
             require(kind in (CONNECT, None), "CONNECT must be the first packet")
         elif kind not in OVERTAKES:
-            if self.is_blocked:
-                return False
             if self.session.look_at_retained(self.server.retained):
+                self.deadline = monotonic() + self.patience
                 return True
+            if self.is_blocked and kind != DISCONNECT:
+                return False
         packet = take_packet(self.buffer)
         if packet is None:
             return False

@@ -1843,13 +1843,29 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         ann.resume_writing()
         self.assertEqual(ann.buffer, b"")
 
-    async def test_who_reads_is_not_silent(self):
+    async def test_who_may_be_reading_is_not_silent(self):
         ann = join(self.server, connect("ann", keep=9))
-        ann.is_blocked = True
-        for unsent, silent in (900, True), (800, False), (800, True):
-            ann.transport.get_write_buffer_size.return_value = unsent
-            ann.deadline = 0.0
+        for is_blocked, seconds, silent in (0, 1, 1), (1, 1, 0), (1, 61, 1), (0, -1, 0):
+            ann.is_blocked = is_blocked
+            ann.deadline = time.monotonic() - seconds
             self.assertEqual(ann.is_silent(), silent)
+
+    async def test_what_is_still_to_be_given(self):
+        """Each once, though the connection is lost; but if it is too much, anew."""
+        for length, total in (9, 60), (30_000, 18 + 60):
+            for n in range(60):
+                topic = f"{length}/{n:{length}}"
+                self.server.publish(topic, bytes(30_001 - length), 1, retain=True)
+            ann = join(self.server, connect("ann", flags=0),
+                       subscribe(f"{length}/#", qos=1))
+            ann.connection_lost(None)
+            ann = join(self.server, connect("ann", flags=0))
+            count = 0
+            while ann.session.unacked:
+                ids = [*ann.session.unacked]
+                count += len(ids)
+                ann.data_received(b"".join(ack(PUBACK, id) for id in ids))
+            self.assertEqual(count, total)
 
     async def test_many_retained_messages(self):
         """More than its budget: the next ones when it has acknowledged."""
@@ -2053,13 +2069,13 @@ class Mqtt(Story):
             self.people["bob"].unsubscribes(f"+/{self.mark}")
 
     def test_retained_comes_first(self):
-        """Before what its subscriber says next; also if that is goodbye, for now."""
+        """Before what its subscriber says next, goodbye too."""
         self.plays("ann publishes t old qos=1 retain=1")
         bob = self.people["bob"].send(subscribe(self.t), publish(self.t, b"mark"))
         bob.expect(ack(SUBACK, 9, 0)).takes(self.t, b"old", retain=1)
         self.plays("bob takes t mark \n cid joins session=0")
         self.people["cid"].vanish(subscribe(self.t, qos=1), GOODBYE)
-        self.plays("cid joins session=1; takes t old qos=1 retain=1; quiet")
+        self.plays("cid joins session=1; hears t old qos=1 retain=1 dup=1")
 
     def test_retained_more_than_its_budget(self):
         """Who reads slowly, but reads, gets all of them: at its own pace."""
