@@ -305,7 +305,8 @@ def encode_publish(message: Message, packet_id: int = 0) -> bytes:
 #
 # One asyncio loop calls everything in this chapter, so no state in it needs a lock.
 
-TASKS = set()       # asyncio itself would not keep a task from being thrown away
+TASKS = set()       # touched by the loop only. asyncio itself would not keep a task
+                    # from being thrown away before it is done
 
 
 def spawn(coroutine):
@@ -407,7 +408,7 @@ class Session:
     so that an absent client misses nothing: what comes meanwhile is kept for it.
 
     All of it together takes at most BUDGET bytes, by `size`; else one client could use
-    up the memory of all.
+    up the memory of all. (The topics that it looks at count when it disconnects.)
     """
 
     def __init__(self, client_id, clean):
@@ -616,7 +617,9 @@ class Connection(asyncio.Protocol):
             self.turn.cancel()      # it has only one at a time
         try:
             while self.do_next():
-                if self.is_ahead or monotonic() > end or len(TASKS) > tasks:
+                now = monotonic()
+                self.deadline = now + self.patience             # [MQTT-3.1.2-24]
+                if self.is_ahead or now > end or len(TASKS) > tasks:
                     pause = PAUSE if self.is_ahead else 0
                     self.transport.pause_reading()
                     self.turn = self.loop.call_later(pause, self.work)
@@ -645,7 +648,6 @@ class Connection(asyncio.Protocol):
             require(kind in (CONNECT, None), "CONNECT must be the first packet")
         elif kind not in OVERTAKES:
             if self.session.look_at_retained(self.server.retained):
-                self.deadline = monotonic() + self.patience
                 return True
             if self.is_blocked and kind != DISCONNECT:
                 return False
@@ -653,7 +655,6 @@ class Connection(asyncio.Protocol):
         if packet is None:
             return False
         self.HANDLERS[packet.kind](self, packet)
-        self.deadline = monotonic() + self.patience                # [MQTT-3.1.2-24]
         return True
 
     # --- CONNECT, DISCONNECT, PINGREQ
@@ -1341,10 +1342,9 @@ class Http(http.server.BaseHTTPRequestHandler):
             status, answer = self.answer(levels[1:])
             self.reply(status, answer)
         except Denied as fault:
-            status, why = fault.args
-            self.send_error(status, explain=json.dumps(why)[1:-1])
+            self.deny(*fault.args)
         except Invalid as fault:
-            self.send_error(400, explain=json.dumps(str(fault))[1:-1])
+            self.deny(400, str(fault))
 
     do_GET = do_POST = do_DELETE = do
 
@@ -1427,6 +1427,9 @@ class Http(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", len(body))
         self.end_headers()
         self.wfile.write(body)
+
+    def deny(self, status, why):
+        self.send_error(status, explain=json.dumps(why)[1:-1])
 
     def finish(self):
         """A guest who still sends what we did not read would miss our answer."""

@@ -1821,13 +1821,15 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
     async def test_who_makes_work_waits(self):
         """A request, or a message to who has enough to do, ends the slice."""
         ann = join(self.server, connect("ann"), subscribe("t"))
-        fog = mock.Mock(deliver=lambda *_: bool(broker.spawn(asyncio.sleep(0))))
+        fog = mock.Mock(deliver=lambda *message: broker.spawn(asyncio.sleep(0)))
         self.server.subscribe_inside("request", fog)
         for topic, is_blocked in ("request", False), ("t", True), ("t", False):
             ann.is_blocked = is_blocked
             eve = join(self.server, connect("eve"), *[publish(topic)] * 9)
             self.assertEqual(len(eve.buffer) > 0, topic == "request" or is_blocked)
-            await asyncio.sleep(0.1)
+            end = time.monotonic() + DEADLINE
+            while eve.buffer and time.monotonic() < end:
+                await self.goes_round()
             self.assertEqual(eve.buffer, b"")
 
     async def test_who_is_behind_is_waited_for_but_not_for_long(self):
@@ -2522,7 +2524,8 @@ class Storm:
                     for names in self.REGIONS]
             enough = self.promises + dice.randrange(20)
             calm = time.monotonic() + 3 * dice.random()
-            wait_until(lambda: self.promises > enough or time.monotonic() > calm, "")
+            wait_until(lambda: self.promises > enough or time.monotonic() > calm,
+                       "the next strike")
             for come_back in undo:
                 come_back()
             self.city.are_online(*self.city.spots)

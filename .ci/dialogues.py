@@ -1,6 +1,6 @@
 """Plays the README's dialogues: each command as it stands there, each line it promises.
 
-    python3 .ci/dialogues.py        beside the scripts, with paho-mqtt, curl and Mosquitto
+    python3 .ci/dialogues.py      beside the scripts; needs paho-mqtt, curl, Mosquitto
 
 A dialogue is a block of the README with `$ command` lines, each followed by the lines
 that the user then sees: in this terminal, or in the city's log. They may come in any
