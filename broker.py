@@ -1534,7 +1534,7 @@ class Drawing:
         self.at = {}        # place: (x, y) on the drawing, in percent
         xs, ys = zip(*[place["at"] for place in self.places.values()])
         for name, x, y in zip(self.places, xs, ys):
-            self.at[name] = percent(x, xs), 100 - percent(y, ys)
+            self.at[name] = percent(x, xs), round(100 - percent(y, ys), 1)
 
     def draw(self):
         lost = [name for name, status in self.brokers.items() if status is None]
