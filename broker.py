@@ -1460,7 +1460,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 :root { color-scheme: light dark; font: max(15px, 1.3vw)/1.4 sans-serif; --own: gray; }
 .b0 { --own: royalblue; } .b1 { --own: darkorange; } .b2 { --own: lightseagreen; }
 .b3 { --own: mediumorchid; } .b4 { --own: yellowgreen; } .b5 { --own: hotpink; }
-.dead { opacity: .6; } .lost #city { opacity: .4; } pre { white-space: pre-wrap; }
+.dead { opacity: .6; } .lost #city { opacity: .4; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td { border-left: .4em solid var(--own); padding: 0 .6em; } h1 { margin: 0; }
 #map { width: 100%; height: min(75vh, 92vw); } svg { overflow: visible; }
 text { text-anchor: middle; dominant-baseline: central; fill: CanvasText;
@@ -1517,7 +1518,7 @@ def percent(value: float, values: list[float]) -> float:
     span = max(values) - low
     if span == 0:
         return 50
-    return round(10 + 80 * (value - low) / span, 1)
+    return round(12 + 76 * (value - low) / span, 1)
 
 
 class Drawing:

@@ -125,7 +125,7 @@ class Car(Client):
         To ask again is harmless: the fog finds the spot that we have already.
         """
         # A new id, so that a late reply to an earlier request does not count.
-        self.request_id = f"{self.name}-{next(self.ids)}"
+        self.request_id = f"{self.name[:50]}-{next(self.ids)}"      # it may have 64
         self.reply = None
         self.become("asking")
         self.say_request()

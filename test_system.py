@@ -1328,18 +1328,20 @@ class TheCar(Simulation):
         self.begins(describe(P1=1, P3=1, P6=1))
 
     def test_it_asks_at_places_only(self):
-        """Below 25 %, or where the next road is longer than it can drive."""
+        """Below 25 %, or where the next road is longer than it can drive. Even a name
+        of 64 characters leaves room for its request's id."""
         self.patch(car.random, "choice", lambda roads: roads[-1])
         self.map.places["P6"]["at"] = [40, 0]           # 30 km from E, its only road
         self.map.places["P3"]["at"] = [70, 0]           # too far even for a full one
-        self.plays("""
-            low drives battery=24
+        long = "n" * 64
+        self.plays(f"""
+            {long} drives battery=24
             ann drives battery=25
             far drives at=P6 battery=49
             bob drives at=P6 battery=51
             max drives at=P3 battery=100
             zoe drives battery=25.5 speed=0.6
-            low says request:A
+            {long} says request:A reply:full
             far says request:P6
             ann says no:request
             bob says no:request
