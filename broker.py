@@ -29,7 +29,6 @@ import argparse
 import asyncio
 import base64
 import collections
-import dataclasses
 import functools
 import hmac
 import html
@@ -37,7 +36,6 @@ import http.server
 import io
 import ipaddress
 import itertools
-import json
 import logging
 import math
 import re
@@ -47,23 +45,25 @@ import struct
 import threading
 import urllib.parse
 from contextlib import suppress
-from time import monotonic, time_ns
+from time import monotonic
 from typing import NamedTuple
+
+from paho.mqtt.matcher import MQTTMatcher
 
 from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker,
                           Caller, Door, Lines, NoAnswer, Patience, Story, choose_names,
                           crash, crew, has_room, is_key, listening, mqtt_password,
-                          outcome, read_op, read_reply, read_request, refusal, search,
+                          outcome, read_reply, read_request, refusal, search,
                           start_up, until_stopped)
-from ring import (NAME, Invalid, Kind, fit, is_id, need, number,
-                  one_of, read_json, read_object, whole)
-from station import ANSWER, BOOLEAN, STATE, mqtt_client, to_json
+from ring import (COUNTER, NAME, PERCENT, Invalid, fit, is_id, need, one_of, read_json,
+                  read_object, to_json)
+from station import ANSWER, BOOLEAN, STATE, mqtt_client
 
-BLOCKED_WAIT = 60           # s more for who may be busy with reading
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
-SLICE = 0.02                # s for one client's packets before it is the others' turn
-PAUSE = 0.001               # s after each message to who is behind with reading ...
-CATCH_UP = 5                # ... for so many s at most: then it has had its chance
+SLICE = 0.002               # s for one client's packets before it is the others' turn.
+                            # (So short as each request makes work for a task, later.)
+ACCEPTS = 8                 # new connections at a time, before `has_room` looks at them
+PAUSE = 0.001               # s after each message to who is behind with reading
 BUDGET = 1024 * 1024        # bytes kept for one client: not yet sent; and all else
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
@@ -99,9 +99,6 @@ ANY = None
 FLAGS = {CONNECT: 0b0000, PUBLISH: ANY, PUBACK: 0b0000, PUBREC: 0b0000, PUBREL: 0b0010,
          PUBCOMP: 0b0000, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010, PINGREQ: 0b0000,
          DISCONNECT: 0b0000}
-
-# What does not wait for answers that are on their way to the same client
-OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
 # The flags of PUBLISH: it is sent again; the quality of service; keep it for later
 DUP = 0b1000
@@ -159,14 +156,12 @@ class Packet:
     def __init__(self, kind, flags, body):
         self.kind = kind
         self.flags = flags
-        self.body = body
-        self.at = 0
+        self.body = io.BytesIO(body)
 
     def take(self, count):
-        start = self.at
-        self.at += count
-        require(self.at <= len(self.body), "a packet that ends in a field")
-        return self.body[start:self.at]
+        field = self.body.read(count)
+        require(len(field) == count, "a packet that ends in a field")
+        return field
 
     def byte(self):
         return self.take(1)[0]
@@ -202,10 +197,10 @@ class Packet:
         return topic_filter
 
     def has_more(self):
-        return self.at < len(self.body)
+        return self.body.tell() < len(self.body.getbuffer())
 
     def rest(self):
-        return self.take(len(self.body) - self.at)
+        return self.body.read()
 
     def end(self):
         require(not self.has_more(), "bytes left over")
@@ -248,10 +243,8 @@ def parse_connect(packet: Packet) -> Connect:
     user = ""
     password = b""
     if flags & WILL:
-        topic = packet.topic()
-        payload = packet.data()
-        qos = WILL_QOS[flags & WILL_QOS_BITS]
-        will = Message(topic, payload, qos, bool(flags & WILL_RETAIN))
+        will = Message(packet.topic(), packet.data(), WILL_QOS[flags & WILL_QOS_BITS],
+                       bool(flags & WILL_RETAIN))
     if flags & USER:
         user = packet.text()
     if flags & PASSWORD:
@@ -262,8 +255,8 @@ def parse_connect(packet: Packet) -> Connect:
 
 def check_connect_flags(flags: int):
     require(not flags & RESERVED, "a reserved flag")                # [MQTT-3.1.2-3]
-    possible = flags & WILL_QOS_BITS in WILL_QOS
-    require(possible, "impossible QoS of the will")                 # [MQTT-3.1.2-14]
+    require(flags & WILL_QOS_BITS in WILL_QOS,
+            "impossible QoS of the will")                           # [MQTT-3.1.2-14]
     if not flags & WILL:                                            # -13 and -15
         require(not flags & (WILL_QOS_BITS | WILL_RETAIN), "flags, but no will")
     if not flags & USER:                                            # [MQTT-3.1.2-22]
@@ -289,7 +282,7 @@ def encode_ack(kind: int, packet_id: int) -> bytes:
 
 
 @functools.lru_cache(8)     # so it is encoded once for all its subscribers of QoS 0
-def encode_publish(message: Message, packet_id: int = 0) -> bytes:
+def encode_publish(message: Message, packet_id: int) -> bytes:
     topic = message.topic.encode()
     fields = [pack(len(topic)), topic]
     if message.qos:
@@ -304,17 +297,6 @@ def encode_publish(message: Message, packet_id: int = 0) -> bytes:
 # to walk down the tree, and to let each session found there deliver the message.
 #
 # One asyncio loop calls everything in this chapter, so no state in it needs a lock.
-
-TASKS = set()       # touched by the loop only. asyncio itself would not keep a task
-                    # from being thrown away before it is done
-
-
-def spawn(coroutine):
-    """Begin something that may wait, when the loop comes round."""
-    task = asyncio.get_running_loop().create_task(coroutine)
-    TASKS.add(task)
-    task.add_done_callback(TASKS.discard)
-
 
 def may_connect(client_id: str, user: str, password: bytes) -> bool:
     if KEY == "":
@@ -334,7 +316,7 @@ def may_publish(client_id: str, topic: str, brokers: set[str]) -> bool:
 
 
 class TopicTree:
-    """Who subscribes to what: a tree (a trie) with a node for each level of a filter.
+    """Who subscribes to what. Paho's matcher is a tree (a trie) of the filters' levels:
 
         server1 -- cars -- + -- request       {fog: 1}
                      |     +--- claim -- P1   {P1: 1}
@@ -344,63 +326,36 @@ class TopicTree:
     """
 
     def __init__(self):
-        self.below = {}             # level: the tree below it
-        self.subscribers = {}       # subscriber: the QoS granted to it
+        self.subscribers = collections.defaultdict(dict)    # filter: {subscriber: QoS}
+        self.tree = MQTTMatcher()                           # the same
 
     def add(self, topic_filter, subscriber, qos):
-        node = self
-        for level in topic_filter.split("/"):
-            node = node.below.setdefault(level, TopicTree())
-        node.subscribers[subscriber] = qos      # a second time replaces [MQTT-3.8.4-3]
+        """A second time replaces the QoS. [MQTT-3.8.4-3]"""
+        self.subscribers[topic_filter][subscriber] = qos
+        self.tree[topic_filter] = self.subscribers[topic_filter]
 
     def remove(self, topic_filter, subscriber):
-        node = self
-        path = []
-        for level in topic_filter.split("/"):
-            path.append((node, level))
-            node = node.below[level]
-        del node.subscribers[subscriber]
-        for parent, level in reversed(path):    # leave no empty branches
-            child = parent.below[level]
-            if not child.below and not child.subscribers:
-                del parent.below[level]
+        del self.subscribers[topic_filter][subscriber]
+        if not self.subscribers[topic_filter]:      # leave no empty branches
+            del self.subscribers[topic_filter]
+            del self.tree[topic_filter]
 
     def match(self, topic):
-        """Each subscriber once, with the highest QoS of its filters that match.
-
-        Goes down level by level, with all nodes at once that match so far: for
-        "server1/cars/car1/reply" the one of "server1"; then of "cars"; then those of
-        "car1" and of "+"; then that of "reply" below "car1". (Without recursion, so
-        that no topic is too deep.)
-        """
-        nodes = [self]
-        ends = []                               # where a filter that matches ends
-        wildcards = topic[0] != "$"             # not for "$..." at the top [-4.7.2-1]
-        for level in topic.split("/"):
-            keys = (level, "+") if wildcards else (level,)
-            if wildcards:
-                ends += [node.below["#"] for node in nodes if "#" in node.below]
-            nodes = [node.below[key] for node in nodes for key in keys
-                     if key in node.below]
-            wildcards = True
-        ends += nodes                           # "a/#" matches "a", too [MQTT-4.7.1-2]:
-        ends += [node.below["#"] for node in nodes if "#" in node.below]
+        """Each subscriber once, with the highest QoS of its filters that match."""
         found = {}
-        for node in ends:
-            for subscriber, qos in node.subscribers.items():
+        for subscribers in self.tree.iter_match(topic):         # [MQTT-4.7]
+            for subscriber, qos in subscribers.items():
                 found[subscriber] = max(qos, found.get(subscriber, 0))
         return found
 
 
-@dataclasses.dataclass
-class Unacked:
+class Unacked(NamedTuple):
     """A packet that is sent again on the next connection, if need be.
 
     It waits for one acknowledgement; with QoS 2, PUBREL takes the place of PUBLISH.
     """
     packet: bytes           # PUBLISH, or the PUBREL that follows it
     awaits: int             # PUBACK, PUBREC or PUBCOMP
-    is_sent: bool = False
 
 
 class Session:
@@ -408,7 +363,7 @@ class Session:
     so that an absent client misses nothing: what comes meanwhile is kept for it.
 
     All of it together takes at most BUDGET bytes, by `size`; else one client could use
-    up the memory of all. (The topics that it looks at count when it disconnects.)
+    up the memory of all.
     """
 
     def __init__(self, client_id, clean):
@@ -421,11 +376,7 @@ class Session:
         self.ids = itertools.count()
         self.filter_bytes = 0       # what filters and unacked cost
         self.unacked_bytes = 0
-        self.behind_since = math.inf    # on the monotonic clock; inf: it is not
-        self.wanted = {}            # filters of new subscriptions: their QoS
-        self.looks_for = {}         # those of them whose retained messages it gets now,
-        self.looks_in = TopicTree()     # the same as a tree,
-        self.topics = iter(())      # and the topics to look at for them
+        self.wanted = {}            # filter: QoS, until it has what is retained for it
 
     def size(self):
         return self.filter_bytes + self.unacked_bytes + OVERHEAD * len(self.received)
@@ -436,35 +387,27 @@ class Session:
         What has a packet id is kept until it is acknowledged. QoS 0 is sent and
         forgotten; if the client is absent, it is just forgotten.
 
-        Returns whether the publisher must wait for this client.
+        Returns whether the publisher should slow down.
         """
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
+        packet_id = self.next_id() if message.qos else 0
+        packet = encode_publish(message, packet_id)
+        if self.connection:
+            self.connection.send(packet)
         if message.qos:
-            packet_id = self.next_id()
             awaits = PUBACK if message.qos == 1 else PUBREC
-            self.keep(packet_id, Unacked(encode_publish(message, packet_id), awaits))
-            self.send(packet_id)
+            self.keep(packet_id, Unacked(packet, awaits))
             self.keep_to_budget()
-        elif self.connection:
-            self.connection.send(encode_publish(message))
-        return self.is_waited_for()
+        return self.is_behind()
 
     def is_behind(self):
-        """Half of its budget waits to be read, or to be acknowledged."""
+        """Half of its budget waits to be read, or to be acknowledged. Publishers slow
+        down for it (backpressure), but do not stop: if it never reads, it is dropped.
+        """
         if self.connection is None:
             return False
         return self.connection.is_blocked or self.unacked_bytes > BUDGET // 2
-
-    def is_waited_for(self):
-        """Publishers slow down for who is behind (backpressure), but not for long: then
-        it must have caught up, or it will be dropped."""
-        if not self.is_behind():
-            self.behind_since = math.inf
-            return False
-        now = monotonic()
-        self.behind_since = min(self.behind_since, now)
-        return now < self.behind_since + CATCH_UP
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -481,16 +424,15 @@ class Session:
         unacked = self.unacked.pop(packet_id)
         self.unacked_bytes -= len(unacked.packet) + OVERHEAD
 
-    def send(self, packet_id):
-        """Only what was sent before has DUP. [MQTT-3.3.1-1]"""
-        if self.connection is None:
-            return
-        unacked = self.unacked[packet_id]
-        if unacked.is_sent and unacked.awaits != PUBCOMP:
-            first, *rest = unacked.packet
-            unacked.packet = bytes([first | DUP, *rest])
-        unacked.is_sent = True
-        self.connection.send(unacked.packet)
+    def disconnect(self):
+        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1]"""
+        self.connection = None
+        self.keep_to_budget()
+        for packet_id, unacked in self.unacked.items():
+            packet = bytearray(unacked.packet)
+            if unacked.awaits != PUBCOMP:
+                packet[0] |= DUP
+            self.unacked[packet_id] = unacked._replace(packet=bytes(packet))
 
     def keep_to_budget(self):
         """An absent client loses its oldest messages; a connected one is dropped."""
@@ -498,50 +440,6 @@ class Session:
             if self.connection:
                 return self.connection.drop("acknowledges too little")
             self.forget(next(iter(self.unacked)))
-
-    def look_at_retained(self, retained):
-        """One topic, for new subscriptions; the retain flag is on. [MQTT-3.3.1-6], 8
-
-        There may be thousands to look at, so it is one at a time, and in between others
-        have their turn. Returns whether there was one to look at now.
-        """
-        if self.is_behind():
-            return False
-        topic = next(self.topics, None)
-        if topic is None and self.wanted:
-            self.look_for_wanted(retained)
-            topic = next(self.topics)
-        message = retained.get(topic)
-        if message:
-            for topic_filter, granted in self.looks_in.match(topic).items():
-                if topic_filter in self.filters:        # still [MQTT-3.10.4-2]
-                    self.deliver(message, granted)
-        return topic is not None
-
-    def look_for_wanted(self, retained):
-        self.looks_for = self.wanted
-        self.looks_in = TopicTree()
-        self.wanted = {}
-        for topic_filter, qos in self.looks_for.items():
-            self.looks_in.add(topic_filter, topic_filter, qos)
-        topics = self.looks_for
-        if retained and WILDCARD.search(" ".join(self.looks_for)):
-            topics = retained                           # any of them may match
-        self.topics = iter(list(topics))
-
-    def disconnect(self):
-        """What it is still to be given waits for it; if that is too much, from its
-        beginning, so some of it may come twice."""
-        self.connection = None
-        self.behind_since = math.inf
-        self.keep_to_budget()
-        rest = list(self.topics)
-        cost = sum(map(len, rest)) + OVERHEAD * len(rest)
-        if cost > BUDGET - self.size():
-            again = self.looks_for | self.wanted
-            self.wanted = {name: again[name] for name in again if name in self.filters}
-            rest = []
-        self.topics = iter(rest)
 
 
 class Connection(asyncio.Protocol):
@@ -554,21 +452,19 @@ class Connection(asyncio.Protocol):
     when something has come. Nobody else runs meanwhile; so each call must be short.
 
         reading --its SLICE is over, or it made work--> paused --a moment--> reading
-        reading --too much is unsent--> blocked --it has been sent--> reading
         reading --a goodbye, an error, a silence, a takeover--> closed
         any of these --far too much is unsent or unacknowledged--> dropped --> closed
     """
 
     def __init__(self, server):
         self.server = server
-        self.brokers = server.brokers
-        self.loop = server.loop
         self.session = None         # from CONNECT on
         self.will = None
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = []               # what goes out when the loop comes round,
         self.waiting = 0            # and its bytes
-        self.is_blocked = False     # it reads too slowly: see pause_writing
+        self.handout = iter(())     # what is retained, for its new subscriptions
+        self.is_blocked = False     # it reads slowly: see pause_writing
         self.is_ahead = False       # of who gets its messages
         self.turn = None            # a TimerHandle: when it goes on
         self.is_closed = False
@@ -583,35 +479,24 @@ class Connection(asyncio.Protocol):
             self.close("turned away: too many open connections")
 
     def connection_lost(self, error):
-        self.close(f"vanished: {error}" if error else "vanished")
+        self.close("vanished")
 
     def data_received(self, data):
         self.buffer += data
         self.work()
 
     def pause_writing(self):
-        """asyncio says that too much waits to be sent (backpressure). Who takes no
-        answers must not ask: we hear only its goodbye, and what is in OVERTAKES."""
+        """asyncio says that much waits to be sent."""
         self.is_blocked = True
 
     def resume_writing(self):
         self.is_blocked = False
         self.work()
 
-    def is_silent(self):
-        """No whole packet came in time. [MQTT-3.1.2-24] (Or we did not look, as it does
-        not read: that is not yet a silence.)"""
-        more = BLOCKED_WAIT if self.is_blocked else 0
-        return monotonic() > self.deadline + more
-
     def work(self):
-        """Do what there is to do, for a slice of time; then it is the others' turn.
-
-        A request takes its time later, in a task: so it ends the slice, too. And who
-        speaks faster than others can listen must pause after each message.
-        """
+        """Do what there is to do, for a slice of time; then it is the others' turn. Who
+        speaks faster than others can listen must pause after each message."""
         end = monotonic() + SLICE
-        tasks = len(TASKS)
         self.is_ahead = False
         if self.turn:
             self.turn.cancel()      # it has only one at a time
@@ -619,41 +504,34 @@ class Connection(asyncio.Protocol):
             while self.do_next():
                 now = monotonic()
                 self.deadline = now + self.patience             # [MQTT-3.1.2-24]
-                if self.is_ahead or now > end or len(TASKS) > tasks:
+                if self.is_ahead or now > end:
                     pause = PAUSE if self.is_ahead else 0
                     self.transport.pause_reading()
-                    self.turn = self.loop.call_later(pause, self.work)
+                    self.turn = self.server.loop.call_later(pause, self.work)
                     return
         except ProtocolError as fault:
             why, *code = fault.args
             if code:
                 self.send(encode(CONNACK, bytes([0, *code])))   # no session [-3.2.2-4]
             self.close(why)
-        if self.is_blocked and self.buffer:
-            self.transport.pause_reading()
-        else:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
 
     def do_next(self):
-        """One packet or one retained message. Returns whether there was one.
+        """One retained message or one packet. Returns whether there was one.
 
         What is retained comes before any answer to what its subscriber says next: so a
-        station's mark comes back after its old state. (Not where the subscriber must
-        acknowledge first what it has: else both could wait for ever.)
+        station's mark comes back after its old state. (Who is behind must read or
+        acknowledge first; so its packets are handled, and nobody waits for ever.)
         """
         if self.is_closed:
             return False
-        kind = self.buffer[0] // 16 if self.buffer else None
-        if self.session is None:                                # [MQTT-3.1.0-1]
-            require(kind in (CONNECT, None), "CONNECT must be the first packet")
-        elif kind not in OVERTAKES:
-            if self.session.look_at_retained(self.server.retained):
-                return True
-            if self.is_blocked and kind != DISCONNECT:
-                return False
+        if self.session and not self.session.is_behind() and next(self.handout, False):
+            return True
         packet = take_packet(self.buffer)
         if packet is None:
             return False
+        if self.session is None:                                # [MQTT-3.1.0-1]
+            require(packet.kind == CONNECT, "CONNECT must be the first packet")
         self.HANDLERS[packet.kind](self, packet)
         return True
 
@@ -668,8 +546,8 @@ class Connection(asyncio.Protocol):
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
         if connect.will:
-            may = may_publish(client_id, connect.will.topic, self.brokers)
-            require(may, "a will in another's name", 5)
+            require(may_publish(client_id, connect.will.topic, self.server.brokers),
+                    "a will in another's name", 5)
         self.will = connect.will
         self.patience = 1.5 * connect.keepalive if connect.keepalive else math.inf
         self.server.open_session(self, client_id, connect.clean)
@@ -695,8 +573,8 @@ class Connection(asyncio.Protocol):
             require(packet.flags in (0, RETAIN), "impossible flags")
         topic = packet.topic()
         packet_id = packet.packet_id() if qos else 0
-        may = may_publish(self.session.client_id, topic, self.brokers)
-        require(may, "publishes in another's name")
+        require(may_publish(self.session.client_id, topic, self.server.brokers),
+                "publishes in another's name")
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
             retain = bool(packet.flags & RETAIN)
             self.is_ahead = self.server.publish(topic, packet.rest(), qos, retain)
@@ -735,15 +613,14 @@ class Connection(asyncio.Protocol):
     def do_subscribe(self, packet):
         """packet identifier | topic filter, QoS | topic filter, QoS | ..."""
         packet_id = packet.packet_id()
-        asked = []
-        while not asked or packet.has_more():                   # [MQTT-3.8.3-3]
-            asked.append((packet.topic_filter(), packet.byte()))
-            require(asked[-1][1] <= 2, "impossible QoS")        # [MQTT-3-8.3-4]
-        codes = [self.server.subscribe(self.session, *wanted) for wanted in asked]
+        codes = []
+        while not codes or packet.has_more():                   # [MQTT-3.8.3-3]
+            topic_filter = packet.topic_filter()
+            qos = packet.byte()
+            require(qos <= 2, "impossible QoS")                 # [MQTT-3-8.3-4]
+            codes.append(self.server.subscribe(self.session, topic_filter, qos))
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
-        for (topic_filter, _), code in zip(asked, codes):
-            if code != 0x80:
-                self.session.wanted[topic_filter] = code
+        self.handout = self.server.hand_out(self.session)
 
     def do_unsubscribe(self, packet):
         """packet identifier | topic filter | topic filter | ..."""
@@ -766,7 +643,7 @@ class Connection(asyncio.Protocol):
         """Collect what goes out. One system call sends it all when the loop comes round
         (call_soon): a call for each packet would take most of our time."""
         if not self.out:
-            self.loop.call_soon(self.flush)
+            self.server.loop.call_soon(self.flush)
         self.out.append(packet)
         self.waiting += len(packet)
         if self.waiting > LIMIT:
@@ -783,7 +660,7 @@ class Connection(asyncio.Protocol):
     def drop(self, why):
         """In the middle of a fan-out: from now on nothing goes to this client, but its
         will waits until all others have the message that was too much for it."""
-        self.loop.call_soon(self.close, why)
+        self.server.loop.call_soon(self.close, why)
         self.transport.abort()
 
     def close(self, why):
@@ -795,9 +672,7 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return
         self.is_closed = True
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()      # who does not read does not get the rest
-        self.transport.close()
+        self.transport.abort()          # who does not read does not get the rest
         self.server.close_session(self, why)
 
 
@@ -823,21 +698,21 @@ class MqttServer:
     def open_session(self, connection, client_id, clean):
         """A session belongs to a client id, and has one connection at most: an older
         one ends here (session takeover). What was unacknowledged is sent again."""
-        old = self.sessions.get(client_id)
-        if old and old.connection:
-            old.connection.close("was taken over")              # [MQTT-3.1.4-2]
+        session = self.sessions.get(client_id)
+        if session and session.connection:
+            session.connection.close("was taken over")          # [MQTT-3.1.4-2]
         if clean and client_id in self.sessions:
-            self.drop(old)                                      # [MQTT-3.1.2-6]
+            self.drop(session)                                  # [MQTT-3.1.2-6]
         present = client_id in self.sessions
         if not present:
-            self.sessions[client_id] = Session(client_id, clean)
-        session = self.sessions[client_id]
+            session = self.sessions[client_id] = Session(client_id, clean)
         self.absent.pop(session, None)
         session.connection = connection
         connection.session = session
+        connection.handout = self.hand_out(session)
         connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
-        for packet_id in list(session.unacked):
-            session.send(packet_id)
+        for unacked in session.unacked.values():
+            connection.send(unacked.packet)
         self.tell("<-", client_id, "connects again" if present else "connects")
 
     def close_session(self, connection, why):
@@ -875,6 +750,7 @@ class MqttServer:
             session.filters.add(topic_filter)
             session.filter_bytes += cost
         self.tree.add(topic_filter, session, qos)
+        session.wanted[topic_filter] = qos
         return qos
 
     def unsubscribe(self, session, topic_filter):
@@ -882,6 +758,27 @@ class MqttServer:
         session.wanted.pop(topic_filter, None)
         session.filter_bytes -= filter_cost(topic_filter)
         self.tree.remove(topic_filter, session)
+
+    def hand_out(self, session):
+        """What is retained for new subscriptions; the flag is on. [MQTT-3.3.1-6], 8
+
+        One topic at a time: there may be thousands, and in between others have their
+        turn. Each SUBSCRIBE and each connection begins a new hand-out, of all that is
+        not yet done: so some messages may come twice.
+        """
+        filters = MQTTMatcher()
+        for topic_filter in session.wanted:
+            filters[topic_filter] = topic_filter
+        topics = session.wanted
+        if WILDCARD.search(" ".join(topics)):
+            topics = self.retained                      # any of them may match
+        for topic in list(topics):
+            message = self.retained.get(topic)
+            for topic_filter in filters.iter_match(topic):
+                if message and topic_filter in session.wanted:  # still [-3.10.4-2]
+                    session.deliver(message, session.wanted[topic_filter])
+            yield True
+        session.wanted.clear()
 
     def subscribe_inside(self, topic_filter, subscriber):
         """A subscriber without a socket has just a `deliver`."""
@@ -893,11 +790,8 @@ class MqttServer:
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
             self.keep(message)
-        is_ahead = False
-        for subscriber, granted in self.tree.match(topic).items():
-            if subscriber.deliver(message, granted):
-                is_ahead = True
-        return is_ahead
+        return any([subscriber.deliver(message, granted)
+                    for subscriber, granted in self.tree.match(topic).items()])
 
     def keep(self, message):
         """For later subscribers, in place of the last one. [MQTT-3.3.1-5]
@@ -960,15 +854,12 @@ WALKERS = 32                # threads that wait for the cloud and the other brok
 REMEMBERED = 10_000         # cars; who has been silent longest is forgotten first
 
 DOING = one_of("driving", "asking", "waiting", "going", "charging", "offline")
-CAR_STATE = {"car": NAME, "at": NAME, "doing": DOING,
-             "battery": number("a number from 0 to 100", 0, 100)}
-COUNTER = whole(0, 2**53)
+CAR_STATE = {"car": NAME, "at": NAME, "doing": DOING, "battery": PERCENT}
 STATUS = {"broker": NAME, "cars": {NAME: CAR_STATE},
           "stations": {NAME: STATE | {"online": BOOLEAN}},
           "requests": {"local": COUNTER, "ring": COUNTER, "refused": COUNTER},
           "events": [TEXT]}
-ANYTHING = Kind("anything", lambda value: True)
-CITY = {"brokers": {NAME: ANYTHING}}    # a status of each, or null: no answer
+CITY = {"brokers": {NAME: (STATUS,)}}
 
 
 class Fog:
@@ -978,8 +869,8 @@ class Fog:
     is replaced by the next message. It tells which stations are worth asking; only the
     station itself can promise a spot.
 
-    Touched by the loop only; but what runs in other threads (walk_ring, ask_cloud, and
-    the last section) uses what is made for that: the city, the caller and the story.
+    Touched by the loop only; but what runs in other threads (walk_ring, and the last
+    section) uses what is made for that: the city, the caller and the story.
     """
 
     def __init__(self, name, city, tell):
@@ -988,7 +879,7 @@ class Fog:
         self.city = city
         self.tell = tell
         stations = city.stations(name)
-        self.online = set()                 # the stations that are
+        self.online = {}                    # station: bool, what it said last
         self.states = {     # what each station said last; replaced as a whole, as a
                             # door's thread may still be reading the one before
             station: {"station": station, "spots": city.places[station]["spots"],
@@ -997,7 +888,6 @@ class Fog:
         self.silent = Breaker()             # for stations
         self.cars = {}                      # what each car said last, the latest last
         self.answers = {}                   # (station, claim id): a future, its answer
-        self.numbers = itertools.count(time_ns())  # of claims: new after a restart
         self.requests = {"local": 0, "ring": 0, "refused": 0}
         self.under_way = 0
         self.caller = Caller()              # for the cloud and the other brokers
@@ -1007,8 +897,7 @@ class Fog:
         """Subscribe to what the fog node hears, at a server of ours or another's."""
         self.mqtt = mqtt
         for kind, what in self.HEARS:
-            topic_filter = f"{self.name}/{kind}/+/{what}"
-            mqtt.subscribe_inside(topic_filter, self)
+            mqtt.subscribe_inside(f"{self.name}/{kind}/+/{what}", self)
 
     def deliver(self, message, granted):
         """What a station or car says: HEARS has the handler for its topic.
@@ -1027,17 +916,18 @@ class Fog:
             self.tell("<-", name, what, f"is invalid: {fault!s:.99}")
 
     def send(self, topic, message):
-        topic = f"{self.name}/{topic}"
-        self.mqtt.publish(topic, to_json(message), qos=1)
+        self.mqtt.publish(f"{self.name}/{topic}", to_json(message), qos=1)
 
     # --- what cars say
 
     def on_request(self, car, payload):
-        """A task for each request: one that hangs on the cloud holds nobody up."""
+        """A task for each request: one that hangs on the cloud holds nobody up. (What
+        it awaits, an answer or a timer, keeps the task; asyncio alone would not.)"""
         fields = {}
         try:
             fields = read_object(payload) | {"car": car}
-            spawn(self.reply(read_request(self.city, fields)))
+            request = read_request(self.city, fields)
+            self.loop.create_task(self.reply(request))
         except Invalid as fault:
             request_id = fields["id"] if is_id(fields.get("id")) else None
             reply = refusal(request_id, f"bad request: {fault}", [self.name])
@@ -1066,31 +956,23 @@ class Fog:
         """A station's yes or no. If nobody waits for it any more, there is nothing to
         undo: a spot that nobody claims again is free after a lease."""
         answer = fit(ANSWER, read_object(payload), "answer")
-        if answer["ok"]:
-            need("lease" in answer, "a yes without a lease")
-        waiting = self.answers.get((name, answer["id"]))
-        if waiting and not waiting.done():
-            waiting.set_result(answer)
-        else:
+        try:
+            self.answers[name, answer["id"]].set_result(answer)
+        except (KeyError, asyncio.InvalidStateError):   # it has an answer, or no time
             self.tell("<-", name, answer["id"], "is too late: a yes that nobody claims "
                       "ends by itself")
 
     def on_state(self, name, payload):
         """Who is at a station. Replaced as a whole, so a lost state costs nothing."""
         state = fit(STATE, read_object(payload), "state")
-        taken = len(state["cars"])
         need(state["station"] == name, "not its own state")
-        need(state["free"] == state["spots"] - taken, "a wrong number of free spots")
+        need(state["free"] == state["spots"] - len(state["cars"]), "wrongly counted")
         self.states[name] = state
 
     def on_online(self, name, payload):
         """From the station itself, or, when it has vanished, from its last will."""
-        online = fit(BOOLEAN, read_json(payload), "online")
-        self.tell("<-", name, "is online" if online else "is offline")
-        if online:
-            self.online.add(name)
-        else:
-            self.online.discard(name)
+        self.online[name] = fit(BOOLEAN, read_json(payload), "online")
+        self.tell("<-", name, "is online" if self.online[name] else "is offline")
 
     HEARS = {("cars", "request"): on_request, ("cars", "state"): on_car_state,
              ("stations", "answer"): on_answer, ("stations", "state"): on_state,
@@ -1098,46 +980,45 @@ class Fog:
 
     def is_online(self, name):
         """It was the last to say so (a last will says no), and it answers claims."""
-        return name in self.online and not self.silent.is_open(name)
+        return self.online.get(name, False) and not self.silent.is_open(name)
 
     # --- the search
 
     async def serve(self, request):
-        """One request, from its arrival to its reply."""
-        self.tell("<-", request["car"], request["id"], "asks for a spot at",
-                  f"{request['at']} (range {request['range']:.1f} km)")
-        reply = await self.in_time(REQUEST_WAIT, self.search, request)
+        """A request of a car of ours; then it is counted."""
+        reply = await self.in_time(REQUEST_WAIT, request["car"], self.search, request)
         where = "ring"
         if reply["station"] is None:
             where = "refused"
         elif reply["broker"] == self.name:
             where = "local"
         self.requests[where] += 1
-        self.tell("->", request["car"], request["id"], outcome(reply))
         return reply
 
-    async def in_time(self, seconds, find, request):
-        """What `find` replies, or "full" when its time is up.
+    async def in_time(self, seconds, who, find, request):
+        """One request, from its arrival to its reply: what `find` replies, or "full"
+        when its time is up.
 
         Too many at once would all be late. So when enough are under way the next one is
         refused at once (load shedding), and whoever is taken on hears in time.
         """
-        too_late = refusal(request["id"], "full", [self.name])
-        if self.under_way >= UNDER_WAY:
-            return too_late
-        self.under_way += 1
-        try:
-            return await asyncio.wait_for(find(request), seconds)
-        except asyncio.TimeoutError:
-            return too_late
-        finally:
-            self.under_way -= 1
+        self.tell("<-", who, request["id"], "asks for a spot at",
+                  f"{request['at']} (range {request['range']:.1f} km)")
+        reply = refusal(request["id"], "full", [self.name])
+        if self.under_way < UNDER_WAY:
+            self.under_way += 1
+            try:
+                reply = await asyncio.wait_for(find(request), seconds)
+            except asyncio.TimeoutError:
+                pass            # it stays "full"
+            finally:
+                self.under_way -= 1
+        self.tell("->", who, request["id"], outcome(reply))
+        return reply
 
     async def search(self, request):
-        """The nearest free spot: here; if there is none, round the ring.
-
-        The walk would block the loop. So a thread of its own walks, and we await it.
-        """
+        """The nearest free spot: here; if there is none, round the ring. A thread of
+        its own walks, as that would block the loop, and we await it."""
         reply = await self.reserve(request)
         if reply.get("reason") == "full":
             reply = await self.loop.run_in_executor(
@@ -1189,14 +1070,14 @@ class Fog:
                 return None
             if not self.is_online(name):
                 return None
-            number = next(self.numbers)
-            claim_id = f"{request['id']}@{self.name}-{number}"
-            claim = {"use": "held", "id": claim_id}
+            claim_id = f"{request['id']}@{self.name}-{secrets.token_hex(8)}"
             future = self.answers[name, claim_id] = self.loop.create_future()
-            self.send(f"cars/{car}/claim/{name}", claim)
+            self.send(f"cars/{car}/claim/{name}", {"use": "held", "id": claim_id})
             try:
                 answer = await asyncio.wait_for(future, STATION_WAIT)
-                return answer["lease"] if answer["ok"] else None
+                if answer["ok"]:
+                    return answer.get("lease")
+                return None
             except asyncio.TimeoutError:
                 self.silent.failed(name)
                 self.tell("<-", name, request["id"], "no answer: left out for a while")
@@ -1205,39 +1086,26 @@ class Fog:
                 del self.answers[name, claim_id]
 
     def walk_ring(self, request):
-        """Ask the cloud, or without it the others in turn. In a thread of its own.
-
-        Both ways end in the same `search`; only who walks differs.
-        """
+        """Ask the cloud, or without it the others in turn, with the same `search`. In a
+        thread of its own."""
         self.tell("->", "cloud", request["id"], "no spot here: who has one?")
         try:
-            reply = self.ask_cloud({"op": "search", "broker": self.name} | request)
+            question = {"op": "search", "broker": self.name} | request
+            reply = self.caller.ask(self.city.cloud, question, CLOUD_WAIT)
             return read_reply(self.city, reply, request["id"])
         except (NoAnswer, Invalid) as fault:
             self.tell("<-", "cloud", request["id"], f"{fault}: walks without it")
         home = self.city.ring.find(self.name)
         return search(self.city, request, home, self.caller, self.tell)
 
-    def ask_cloud(self, question):
-        """Raises NoAnswer. In a thread of its own."""
-        return self.caller.ask(self.city.cloud, question, CLOUD_WAIT)
-
     # --- what the doors ask for, in the loop
-
-    async def reserve_for_ring(self, request):
-        """A spot of ours for another broker's car. We ask nobody else: one walker is
-        enough, and two could send each other round the ring for ever."""
-        self.tell("<-", "ring", request["id"], "asks for a spot for", request["car"])
-        reply = await self.in_time(RESERVE_WAIT, self.reserve, request)
-        self.tell("->", "ring", request["id"], outcome(reply))
-        return reply
 
     async def give_back(self, car):
         """Give the car's spots here back. Returns whether it had any.
 
         They count as free at once, before the station says so itself.
         """
-        had = [name for name in self.states if car in self.states[name]["cars"]]
+        had = [name for name, state in self.states.items() if car in state["cars"]]
         for name in had:
             state = self.states[name]
             cars = {other: use for other, use in state["cars"].items() if other != car}
@@ -1246,15 +1114,12 @@ class Fog:
         return bool(had)
 
     async def look_around(self):
-        """All that this broker knows: the shape is STATUS.
-
-        A coroutine, though it awaits nothing, so that `in_loop` can run it.
-        """
-        stations = {}
-        for name, state in self.states.items():
-            stations[name] = state | {"online": self.is_online(name)}
+        """All that this broker knows: the shape is STATUS. A coroutine, though it
+        awaits nothing, so that `in_loop` can run it."""
+        stations = {name: state | {"online": self.is_online(name)}
+                    for name, state in self.states.items()}
         return {"broker": self.name, "stations": stations, "cars": dict(self.cars),
-                "requests": dict(self.requests), "events": self.tell.recent()}
+                "requests": dict(self.requests), "events": self.tell.events}
 
     # --- what runs in the doors' threads: it hands over to the loop
 
@@ -1263,11 +1128,19 @@ class Fog:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def answer(self, request):
-        """The answer to a request over TCP. Raises Invalid."""
-        if read_op(request, "reserve", "status") == "status":
-            return self.status()
-        request = read_request(self.city, request)
-        return self.in_loop(self.reserve_for_ring(request))
+        """The answer to a request over TCP. Raises Invalid.
+
+        For another broker's car we ask nobody else: one walker is enough, and two could
+        send each other round the ring for ever.
+        """
+        match request.get("op"):
+            case "reserve":
+                request = read_request(self.city, request)
+                return self.in_loop(
+                    self.in_time(RESERVE_WAIT, "ring", self.reserve, request))
+            case "status":
+                return self.status()
+        raise Invalid("request.op must be reserve or status")
 
     def status(self):
         return self.in_loop(self.look_around())
@@ -1283,11 +1156,8 @@ class Fog:
         """What the cloud knows of all brokers; without it, what we know: ourselves."""
         trouble = ""
         try:
-            answer = self.ask_cloud({"op": "city"})
+            answer = self.caller.ask(self.city.cloud, {"op": "city"}, CLOUD_WAIT)
             brokers = fit(CITY, answer, "city")["brokers"]
-            for name, status in brokers.items():
-                if status is not None:
-                    brokers[name] = fit(STATUS, status, name)
         except (NoAnswer, Invalid) as fault:
             trouble = f"no city: {fault!s:.99}"
             brokers = {self.name: self.status()}
@@ -1320,7 +1190,7 @@ class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
 
     It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
-    two words at the top are how http.server wants to be told what an error looks like.
+    two words at the top say what its own refusals look like.
     """
     disable_nagle_algorithm = True
     error_content_type = "application/json"
@@ -1340,11 +1210,13 @@ class Http(http.server.BaseHTTPRequestHandler):
             self.check_host()
             self.check_key()
             status, answer = self.answer(levels[1:])
-            self.reply(status, answer)
         except Denied as fault:
-            self.deny(*fault.args)
+            status, why = fault.args
+            answer = {"error": why}
         except Invalid as fault:
-            self.deny(400, str(fault))
+            status = 400
+            answer = {"error": str(fault)}
+        self.reply(status, answer)
 
     do_GET = do_POST = do_DELETE = do
 
@@ -1406,9 +1278,10 @@ class Http(http.server.BaseHTTPRequestHandler):
             raise Denied(415, "the body must be application/json")
         if not length.isdecimal():
             raise Denied(400, "Content-Length must say how long the body is")
-        if len(length) > 6 or int(length) > LIMIT:
+        size = int(length[:9])      # no body has more digits
+        if size > LIMIT:
             raise Denied(413, f"the body must be at most {LIMIT} bytes")
-        return self.rfile.read(int(length))
+        return self.rfile.read(size)
 
     def send_response(self, status, message=None):
         super().send_response(status, message)
@@ -1416,20 +1289,18 @@ class Http(http.server.BaseHTTPRequestHandler):
             self.send_header(*HEADERS[status])
 
     def reply(self, status, answer):
-        kind = "text/html; charset=utf-8"
-        if not isinstance(answer, str):
+        if isinstance(answer, str):
+            kind = "text/html; charset=utf-8"
+            body = answer.encode(errors="replace")
+        else:
             kind = "application/json"
-            answer = json.dumps(answer)
-        body = answer.encode(errors="replace")
+            body = to_json(answer)
         self.send_response(status)
         if body:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", len(body))
         self.end_headers()
         self.wfile.write(body)
-
-    def deny(self, status, why):
-        self.send_error(status, explain=json.dumps(why)[1:-1])
 
     def finish(self):
         """A guest who still sends what we did not read would miss our answer."""
@@ -1448,7 +1319,7 @@ class Http(http.server.BaseHTTPRequestHandler):
 # made of templates; whatever comes from outside goes through `fill`, which escapes it,
 # so a car named "<b>" is drawn with just that name.
 
-CROWD = 40                  # cars; where there are more they shrink, and have no names
+CROWD = 40                  # cars; where there are more they are small, without names
 COLUMN = 12                 # cars, one below the other
 COLORS = 6                  # of regions, in the style sheet
 CARS = {"driving": "›", "asking": "?", "waiting": "…", "going": "»",
@@ -1469,7 +1340,8 @@ text { text-anchor: middle; dominant-baseline: central; fill: CanvasText;
 .name { text-anchor: start; } .land { r: 3em; fill: var(--own); opacity: .25; }
 line, .car { stroke: var(--own); stroke-width: .25em; fill: Canvas; r: .7em; }
 .ring { fill: none; rotate: -90deg; --own: seagreen; } .low { --own: crimson; }
-g { transform-box: view-box; }
+g { transform-box: view-box; } .crowd g { font-size: .35em; } .crowd .name { fill: none;
+  stroke: none; }
 </style><h1>Smart-charging city</h1><p id="news" role="status">Asking ...</p>
 <div id="city"></div><p>Spots: ■ charging, ▄ held, □ free. Cars, ringed by their
 battery: › driving, ? asking, … waiting, » going, + charging, × offline</p>
@@ -1493,16 +1365,15 @@ setTimeout(tick, 1000); } tick();</script></html>"""
 ROAD = '<line class="{look}" x1="{x1}%" y1="{y1}%" x2="{x2}%" y2="{y2}%"/>'
 PLACE = """<svg class="{look}" x="{x}%" y="{y}%"><circle class="land"/>
   <text y="-1.6em">{name} {spots}</text></svg>"""
-CAR = """<g data-car="{car}" style="font-size: {size}em;
-    translate: calc({x}% + {right}em) calc({y}% + {down}em)">
-  <title>{car}: {doing} at {at}, {battery} %</title>
+CAR = """<g data-car="{car}"
+    style="translate: calc({x}% + {right}em) calc({y}% + {down}em)"><title>{car}: {doing} at {at}, {battery} %</title>
   <circle class="car"/>
   <circle class="car ring {low}" pathLength="100" stroke-dasharray="{battery} 100"/>
   <text>{sign}</text><text class="name" x="1em">{label}</text></g>"""
 ROW = '<tr class="{look}"><td>{name}<td>{state}<td>{requests}'
 REQUESTS = "local {local} / ring {ring} / refused {refused}"
-VIEW = """<div data-news="{news}"><svg id="map">{drawn}</svg><table>{rows}</table>
-  <pre>{events}</pre></div>"""      # filled with what is filled already
+VIEW = """<div data-news="{news}"><svg id="map" class="{crowd}">{drawn}</svg>
+  <table>{rows}</table><pre>{events}</pre></div>"""      # filled with what is filled already
 
 
 def fill(template: str, **texts) -> str:
@@ -1532,6 +1403,13 @@ class Drawing:
         self.places = city["map"]["places"]
         self.brokers = city["brokers"]      # their statuses; None: no answer
         self.alive = [status for status in self.brokers.values() if status]
+        self.states = {}    # of the stations
+        for status in self.alive:
+            self.states |= status["stations"]
+        known = [car for status in self.alive for car in status["cars"].values()]
+        # A car that two brokers know is alive at one of them, if it is at all.
+        known.sort(key=lambda car: car["doing"] != "offline")
+        self.cars = {car["car"]: car for car in known}
         self.at = {}        # place: (x, y) on the drawing, in percent
         xs, ys = zip(*[place["at"] for place in self.places.values()])
         for name, x, y in zip(self.places, xs, ys):
@@ -1544,7 +1422,8 @@ class Drawing:
         news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
         drawn = [*map(self.draw_road, self.city["map"]["roads"]),
                  *map(self.draw_place, self.places), *self.draw_cars()]
-        return VIEW.format(news=html.escape(news), drawn="".join(drawn),
+        crowd = "crowd" if len(self.cars) > CROWD else ""
+        return VIEW.format(news=html.escape(news), crowd=crowd, drawn="".join(drawn),
                            rows="".join(map(self.draw_row, self.brokers)),
                            events=html.escape("\n".join(self.events())))
 
@@ -1558,8 +1437,8 @@ class Drawing:
         a, b = road
         x1, y1 = self.at[a]
         x2, y2 = self.at[b]
-        owner = self.places[a]["broker"]
-        return fill(ROAD, look=self.look(owner), x1=x1, y1=y1, x2=x2, y2=y2)
+        look = self.look(self.places[a]["broker"])
+        return fill(ROAD, look=look, x1=x1, y1=y1, x2=x2, y2=y2)
 
     def draw_place(self, name):
         x, y = self.at[name]
@@ -1569,37 +1448,24 @@ class Drawing:
         return fill(PLACE, look=look, x=x, y=y, name=name[:12], spots=spots)
 
     def say_spots(self, station):
-        for status in self.alive:
-            state = status["stations"].get(station)
-            if state and state["online"]:
-                uses = list(state["cars"].values())
-                charging = uses.count("charging")
-                held = uses.count("held")
-                return f"■ {charging} ▄ {held} □ {state['free']}"
-        return "no answer"
+        state = self.states.get(station)
+        if state is None or not state["online"]:
+            return "no answer"
+        uses = list(state["cars"].values())
+        return (f"■ {uses.count('charging')} ▄ {uses.count('held')} "
+                f"□ {state['free']}")
 
     def draw_cars(self):
         """In columns beside the place where they are."""
-        cars = self.find_cars()
-        crowding = max(1, len(cars) / CROWD)
         here = collections.Counter()
-        for name, car in cars.items():
+        for name, car in self.cars.items():
             place = car["at"]
             column, row = divmod(here[place], COLUMN)
             here[place] += 1
             x, y = self.at.get(place, (50, 50))
-            label = name[:12] if crowding == 1 else ""
             low = "low" if car["battery"] < 25 else ""
             yield fill(CAR, **car, x=x, y=y, right=4 * column, down=1.6 * row, low=low,
-                       size=crowding ** -0.4, sign=CARS[car["doing"]], label=label)
-
-    def find_cars(self):
-        """A car that two brokers know is alive at one of them, if it is at all."""
-        known = []
-        for status in self.alive:
-            known += status["cars"].values()
-        known.sort(key=lambda car: car["doing"] != "offline")
-        return {car["car"]: car for car in known}
+                       sign=CARS[car["doing"]], label=name[:12])
 
     def draw_row(self, broker):
         status = self.brokers[broker]
@@ -1610,9 +1476,7 @@ class Drawing:
     def events(self):
         """Of all brokers, the latest first. (They tell no day: around midnight the
         order is wrong for a while.)"""
-        lines = []
-        for status in self.alive:
-            lines += reversed(status["events"])
+        lines = [line for status in self.alive for line in reversed(status["events"])]
         return sorted(lines, key=lambda line: line[:8], reverse=True)
 
 
@@ -1630,8 +1494,8 @@ class ExternalServer:
     The way to grow past one machine: that server may be as large as it likes, and
     several brokers may share it, as their topics differ.
 
-    It has the same two methods as MqttServer, so the fog node notices no difference:
-    paho's thread hands what it hears over to the loop, and may be told to publish.
+    It has the same two methods as MqttServer: paho's thread hands what it hears over to
+    the loop, and may be told to publish.
     """
 
     def __init__(self, broker, tell):
@@ -1640,7 +1504,6 @@ class ExternalServer:
         self.filters = []
         self.client = mqtt_client(broker.name)
         self.client.on_connect = self.on_connect
-        self.client.on_message = self.on_message
         self.client.on_disconnect = lambda *_: tell("<-", "mqtt", "connection lost")
         self.client.on_connect_fail = lambda *_: tell("->", "mqtt", "no answer yet")
         self.client.reconnect_delay_set(1, 2)
@@ -1648,6 +1511,7 @@ class ExternalServer:
 
     def subscribe_inside(self, topic_filter, subscriber):
         self.filters.append((topic_filter, 1))
+        self.client.message_callback_add(topic_filter, self.on_message)
         self.subscriber = subscriber
 
     def on_connect(self, client, data, flags, code, properties):
@@ -1659,12 +1523,12 @@ class ExternalServer:
             client.subscribe(self.filters)
 
     def on_message(self, client, data, message):
-        with suppress(UnicodeDecodeError):      # a topic that is not UTF-8
-            heard = Message(message.topic, message.payload, retain=message.retain)
-            self.loop.call_soon_threadsafe(self.subscriber.deliver, heard, 0)
+        heard = Message(message.topic, message.payload, retain=message.retain)
+        self.loop.call_soon_threadsafe(self.subscriber.deliver, heard, 0)
 
     def publish(self, topic, payload, qos):
-        self.client.publish(topic, payload, qos)
+        with suppress(ValueError):      # to a car that calls itself "+" or "#"
+            self.client.publish(topic, payload, qos)
 
 
 async def start_mqtt(broker, city, fog, external):
@@ -1677,21 +1541,19 @@ async def start_mqtt(broker, city, fog, external):
     server = MqttServer({other.name for other in city.ring}, reserved, fog.tell)
     fog.attach(server)
     with listening(broker.host, broker.mqtt, fog.tell) as address:
-        await server.loop.create_server(lambda: Connection(server), address,
-                                        broker.mqtt, backlog=BACKLOG)
-    spawn(watch(server))
+        door = await server.loop.create_server(
+            lambda: Connection(server), address, broker.mqtt, backlog=ACCEPTS)
+    door.sockets[0].dup().listen(BACKLOG)
+    server.loop.create_task(watch(server))
 
 
 async def watch(server):
-    """Cut off whoever has not sent a whole packet in its time. [MQTT-3.1.2-24]
-
-    That is 10 s for the first packet, then one and a half times what the client itself
-    has named as keepalive.
-    """
+    """Cut off whoever has not sent a whole packet in its time: 10 s for the first one,
+    then one and a half times the keepalive that it has named. [MQTT-3.1.2-24]"""
     while True:
         await asyncio.sleep(0.5)
         for connection in list(server.connections):
-            if connection.is_silent():
+            if monotonic() > connection.deadline:
                 connection.close("was silent for too long")
 
 
@@ -1707,10 +1569,8 @@ def on_loop_fault(loop, context):
 
 
 async def serve(names, city, external):
-    """These brokers, all in this one loop, until somebody ends it.
-
-    The doors answer last: whoever comes in finds everything there.
-    """
+    """These brokers, all in this one loop, until somebody ends it. Their doors answer
+    last: whoever comes in finds everything there."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(on_loop_fault)
     for name in names:

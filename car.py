@@ -25,15 +25,14 @@ Left out on purpose: traffic, hills, and choosing a spot by anything but its dis
 """
 
 import argparse
-import itertools
 import math
 import random
 from contextlib import suppress
-from time import monotonic, time
+from time import monotonic
 
 from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_stopped
-from ring import fit, is_name, number, read_object
-from station import STATE, TURN, Client, positive, live_until_stopped
+from ring import PERCENT, fit, is_name, read_object
+from station import STATE, Client, positive, live_until_stopped
 
 FULL = 60           # km on a full battery
 LOW = 25            # %: below it the car asks for a spot
@@ -43,7 +42,6 @@ REPLY_WAIT = 10     # s for a reply; the broker has 9
 STRANDED = 60       # s between two looks for a road, where there is none
 SHOWN_WAIT = 3      # s until the station must show the car as charging ...
 INSIST = 1.0        # ... and s between its claims until then
-PERCENT = number("a number from 0 to 100", 0, 100)
 
 
 class Stopped(Exception):
@@ -65,8 +63,6 @@ class Car(Client):
         self.speed = speed          # km/s
         self.charges = charges      # that it has still to do
         self.doing = "driving"
-        tenths = int(time() * 10)
-        self.ids = itertools.count(tenths % 10**6)      # others than in its last life
         self.request_id = ""
         self.reply = None           # to that request
         self.reply_due = 0.0        # on the monotonic clock, like the next three
@@ -84,8 +80,7 @@ class Car(Client):
         with suppress(Stopped):
             self.connect_to(self.city.broker_of(self.at))
             while self.charges > 0:
-                place = random.choice(self.roads() or [self.at])
-                km = self.city.length(self.at, place)
+                place, km = random.choice(self.roads() or [(self.at, 0)])
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
                 elif place == self.at:
@@ -98,22 +93,23 @@ class Car(Client):
         self.close()
 
     def roads(self):
-        """Where it can drive from here, with a full battery."""
-        return [place for place in self.city.neighbours[self.at]
-                if self.city.length(self.at, place) <= FULL]
+        """Where it can drive from here, with a full battery: places, and their km."""
+        return [(place, km)
+                for place, km in self.city.neighbours[self.at].items()
+                if km <= FULL]
 
     def recharge(self):
         """From asking for a spot to leaving it with a full battery."""
-        full = False
-        while not full:
+        while self.battery < 100:
             reply = self.ask()
             asked = ", ".join(reply["asked"])
-            told = f"{outcome(reply)} (asked {asked})"
-            self.tell("<-", self.broker.name, self.request_id, told)
+            self.tell("<-", self.broker.name, self.request_id,
+                      f"{outcome(reply)} (asked {asked})")
             if reply["station"]:
                 self.accept(reply)
                 self.go()
-                full = self.charge()
+                if self.offer:          # else it was lost on the way
+                    self.charge()
                 self.give_back()
             else:
                 self.wait(reply["retry"])
@@ -125,7 +121,7 @@ class Car(Client):
         To ask again is harmless: the fog finds the spot that we have already.
         """
         # A new id, so that a late reply to an earlier request does not count.
-        self.request_id = f"{self.name[:50]}-{next(self.ids)}"      # it may have 64
+        self.request_id = f"{self.name[:50]}-{random.randrange(10**5, 10**6)}"
         self.reply = None
         self.become("asking")
         self.say_request()
@@ -164,34 +160,28 @@ class Car(Client):
                 self.travel(place)
 
     def charge(self):
-        """Charge while the station says that we do. Returns whether we are full.
+        """Charge while the station says that we do, until we are full.
 
         What its station shows is the truth: our own belief could be wrong, if a claim
         came too late. While the broker is away nobody says no, so we go on.
         """
-        if self.offer is None:      # the spot was lost on the way
-            return False
         self.become("charging", "at", self.at)
         self.claim()
         missing = 0.0               # s here and connected, but not shown as charging
-        while self.battery < 100 and missing < SHOWN_WAIT:
+        while self.offer and self.battery < 100 and missing < SHOWN_WAIT:
             seconds = self.pause()
-            if self.offer is None:
-                return False
             if self.shown == "charging":
                 self.battery = min(100.0, self.battery + POWER * seconds)
                 missing = 0.0
             elif self.is_up:
                 missing += seconds
-        return self.battery == 100
 
     def give_back(self):
         """A courtesy: without it the spot would be free after a lease."""
         if self.offer:
             self.tell("->", self.offer["station"], self.request_id, "leaves with",
                       f"{self.battery:.0f} %")
-            topic = self.topic("leave", self.offer["station"])
-            self.publish(topic, {})
+            self.publish(self.topic("leave", self.offer["station"]), {})
             self.unsubscribe(self.watched)
             self.offer = None
 
@@ -200,15 +190,13 @@ class Car(Client):
 
         The battery never ends on a road: it was enough for this one when we set out.
         """
-        left = self.city.length(self.at, place)
-        driving = True
-        while driving:
-            km = self.pause() * self.speed
-            km = min(left, km)
-            used = km / FULL * 100
-            self.battery = max(0.0, self.battery - used)
+        left = self.city.ways(self.at)[place].km
+        while True:
+            km = min(left, self.pause() * self.speed)
+            self.battery = max(0.0, self.battery - km / FULL * 100)
             left -= km
-            driving = left > 0
+            if left == 0:
+                break
         self.at = place
         self.tell(f"{self.battery:3.0f} % at {place}")
         home = self.city.broker_of(place)
@@ -220,7 +208,7 @@ class Car(Client):
 
         Whatever the car does is made of such moments, so it hears and claims always.
         """
-        self.attend(TURN)
+        self.attend()
         if self.stopping.is_set():
             raise Stopped
         if self.offer:
@@ -249,6 +237,7 @@ class Car(Client):
             self.tell("->", self.offer["station"], self.request_id,
                       "could not be claimed for a lease: so the spot is lost")
             self.offer = None
+            self.shown = None
 
     def claim(self):
         if self.is_up:

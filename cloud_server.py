@@ -23,7 +23,6 @@ import concurrent.futures
 import hmac
 import io
 import ipaddress
-import json
 import logging
 import os
 import signal
@@ -36,7 +35,7 @@ from contextlib import contextmanager, suppress
 from time import monotonic, strftime
 
 from ring import (BROKER_WAIT, ID, KM, NAME, SERVERS, Broker, City, Invalid, Kind, fit,
-                  load, need, number, one_of, read_object, walk)
+                  load, need, number, read_object, to_json, walk)
 
 try:
     import resource
@@ -85,13 +84,14 @@ class Story:
         tell("listens on port 5555")              12:00:00  cloud     listens ...
         tell("->", "server2", "car1-7", "...")    12:00:01  cloud     -> server2  car1-7
 
-    Any thread may tell something. `lock` guards `events`, as `recent` reads them all.
+    Any thread may tell something. `lock` guards `events` while a line is added: it is
+    replaced as a whole, so that to read it needs no lock.
     """
 
     def __init__(self, who):
         self.who = who
         self.lock = threading.Lock()
-        self.events = collections.deque(maxlen=50)      # the latest lines
+        self.events = []        # the latest lines
         self.troubles = {}      # with whom: what was told of it last; see `trouble`
 
     def __call__(self, *words):
@@ -101,24 +101,16 @@ class Story:
         text = " ".join(words)[:400]
         if not text.isprintable():      # a client id from the network may hold anything
             text = text.encode("unicode_escape").decode()
-        now = strftime("%H:%M:%S")
-        line = f"{now}  {self.who:<8}  {text}"
+        line = f"{strftime('%H:%M:%S')}  {self.who:<8}  {text}"
         with self.lock:
-            self.events.append(line)
+            self.events = [*self.events[-49:], line]
         logging.info(line)
 
     def trouble(self, arrow, whom, what):
-        """Tell of a trouble once, however often it is met; "" means that it is over.
-
-        (Two threads may meet a new one at the same time. Then it is told twice.)
-        """
+        """Tell of a trouble once, however often it is met; "" means that it is over."""
         if what and self.troubles.get(whom) != what:
             self(arrow, whom, what)
         self.troubles[whom] = what
-
-    def recent(self):
-        with self.lock:
-            return list(self.events)
 
 
 def start_up(parser: argparse.ArgumentParser):
@@ -147,6 +139,8 @@ def start_up(parser: argparse.ArgumentParser):
 
 def choose_names(args, known: list[str], what: str) -> list[str]:
     """The names on the command line, each once; without any, all that are known."""
+    if not known:
+        give_up(f"{args.config}: there is no {what}")
     for name in args.names:
         if name not in known:
             give_up(f"{args.config}: there is no {what} {name!a}")
@@ -181,7 +175,7 @@ def crash(fault: BaseException):
     """A bug in a part's own thread or loop ends the process (fail-fast).
 
     The others know what to do when a part is gone; one that only looks alive would keep
-    them waiting. (A bug in the thread of one connection ends that connection only.)
+    them waiting.
     """
     traceback.print_exception(fault)
     os._exit(1)
@@ -199,11 +193,8 @@ def until_stopped():
 
 
 def crew(size):
-    """A pool of threads that all start now, so that none can be lacking later.
-
-    A pool starts a thread only if no other one is idle. So each is kept busy until all
-    are there: they wait for each other at a barrier.
-    """
+    """A pool of threads that all start now, so that none can be lacking later: they
+    wait for each other at a barrier, as a pool starts one only if no other is idle."""
     pool = concurrent.futures.ThreadPoolExecutor(size)
     barrier = threading.Barrier(size)
     for _ in range(size):
@@ -266,10 +257,8 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__((address, port), handler)
 
     def process_request(self, request, client_address):
-        """Turn a newcomer away rather than fail those who are being served.
-
-        Whatever this raises goes to handle_error, and the connection is closed.
-        """
+        """Turn a newcomer away rather than fail those who are being served. (What this
+        raises goes to handle_error, and the connection is closed.)"""
         if not has_room(request) or threading.active_count() > THREADS:
             raise OSError("turned away: too many connections")
         try:
@@ -321,31 +310,24 @@ class Lines(socketserver.StreamRequestHandler):
         no JSON object: it may be an HTTP request, which a foreign web page has made a
         browser send here, and the next line may be what that page wants to tell us."""
         wait = FIRST_WAIT
-        while line := self.read_line(wait):
+        is_ours = True
+        while is_ours:
+            self.rfile.raw.end = monotonic() + wait
+            line = self.rfile.readline(LIMIT + 1)
+            if not line.endswith(b"\n"):
+                break                   # that was all, or it is too long
             is_ours = False
             try:
                 request = read_object(line)
                 need(is_key(request.get("key")), "key")
                 is_ours = True
-                self.write(self.server.desk(request))
+                answer = self.server.desk(request)
                 wait = LINE_WAIT
             except Invalid as fault:
                 who = self.client_address[0]
                 self.server.tell("<-", who, f"invalid message: {fault!s:.99}")
-                self.write({"error": str(fault)})
-                if not is_ours:
-                    break
-
-    def read_line(self, wait):
-        """The next line, or None: there is none, or it is too long."""
-        self.rfile.raw.end = monotonic() + wait
-        line = self.rfile.readline(LIMIT + 1)
-        return line if line.endswith(b"\n") else None
-
-    def write(self, answer):
-        line = json.dumps(answer, ensure_ascii=False) + "\n"
-        self.connection.settimeout(LINE_WAIT)   # for a guest who does not read
-        self.wfile.write(line.encode(errors="replace"))
+                answer = {"error": str(fault)}
+            self.wfile.write(to_json(answer) + b"\n")
 
 
 # --- The other end: asking questions --------------------------------------------------
@@ -366,15 +348,13 @@ class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered.
 
     First for 10 s; each time that it happens again, for twice as long, at most 80 s;
-    once it has answered, 10 s again. So one who hangs costs those a wait who ask at
-    that moment, but not each car that asks later.
+    once it has answered, 10 s again. So one who hangs costs one wait, not one a car.
 
-    Used by many threads. `lock` guards changes of `silent`; to read needs no lock, as
-    its values are tuples, which are replaced as a whole.
+    Used by many threads, without a lock: an entry is replaced as a whole, and those who
+    find at the same moment that a time is up write the same.
     """
 
     def __init__(self):
-        self.lock = threading.Lock()
         self.silent = {}    # who: (left out until, for how long the next time)
 
     def is_open(self, who):
@@ -383,28 +363,27 @@ class Breaker:
 
     def failed(self, who):
         """Its time was up. Many may find that out at once: that counts as one time."""
-        with self.lock:
-            now = monotonic()
-            until, pause = self.silent.get(who, NEVER)
-            if now >= until:
-                self.silent[who] = now + pause, min(2 * pause, LONGEST_PAUSE)
+        now = monotonic()
+        until, pause = self.silent.get(who, NEVER)
+        if now >= until:
+            self.silent[who] = now + pause, min(2 * pause, LONGEST_PAUSE)
 
     def answered(self, who):
-        with self.lock:
-            self.silent.pop(who, None)
+        self.silent.pop(who, None)
 
 
 class Caller:
     """Asks other parts' doors, for many threads.
 
     Some connections are kept open for the next question, whoever asks it: to open one
-    costs more than to ask. `lock` guards `kept`.
+    costs more than to ask. Threads may take them from a deque, and put them back, at
+    the same time; where there are KEPT already the oldest one is closed.
     """
 
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
-        self.lock = threading.Lock()
-        self.kept = collections.defaultdict(list)   # address: connections, all idle
+        self.kept = collections.defaultdict(    # address: connections, all idle
+            lambda: collections.deque(maxlen=KEPT))
 
     def ask(self, address: tuple[str, int], request: dict, seconds: float) -> dict:
         """The answer to a request. Raises NoAnswer."""
@@ -430,13 +409,11 @@ class Caller:
         end = monotonic() + seconds
         if KEY:
             request = request | {"key": KEY}
-        line = json.dumps(request) + "\n"
-        kept = self.take_kept(address)
-        if kept:
-            # Its other end may have been closed since: then go on, and ask once more.
-            # That is harmless, as claims are idempotent. After a time-out we never do.
-            with suppress(ConnectionError):
-                return self.converse(address, kept, line, end)
+        line = to_json(request) + b"\n"
+        # The other end of a kept one may have been closed since: then ask once more.
+        # That is harmless, as claims are idempotent. After a time-out we never do.
+        with suppress(IndexError, ConnectionError):     # IndexError: none is kept
+            return self.converse(address, self.kept[address].pop(), line, end)
         host, port = address
         connection = socket.create_connection((resolve(host), port), seconds)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -446,38 +423,23 @@ class Caller:
     def converse(self, address, reader, line, end):
         """It is kept for the next time only if it has answered: else it is closed."""
         reader.raw.end = end
-        reader.raw.connection.sendall(line.encode())
+        reader.raw.connection.sendall(line)
         answer = reader.readline(ANSWER_LIMIT)
         if not answer.endswith(b"\n"):
             raise ConnectionError("it hung up")
-        with self.lock:
-            if len(self.kept[address]) < KEPT:
-                self.kept[address].append(reader)
+        self.kept[address].append(reader)
         return answer
-
-    def take_kept(self, address):
-        with self.lock:
-            if self.kept[address]:
-                return self.kept[address].pop()
-        return None
 
 
 # --- Requests and replies -------------------------------------------------------------
-# The shapes of what a car asks for and of what it hears, as `fit` checks them.
 
 SECONDS = number("a number of seconds", 0.001, 1e6)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
-NOTHING = Kind("null", lambda value: value is None)
 REQUEST = {"id": ID, "car": NAME, "at": NAME, "range": KM}
 OFFER = {"id": ID, "station": NAME, "broker": NAME, "route": [NAME], "km": KM,
          "lease": SECONDS, "asked": [NAME]}
-REFUSAL = {"id": ID, "station": NOTHING, "reason": TEXT, "retry": SECONDS,
+REFUSAL = {"id": ID, "station": (NAME,), "reason": TEXT, "retry": SECONDS,
            "asked": [NAME]}
-
-
-def read_op(request: dict, *ops: str) -> str:
-    """What is asked for: one of `ops`. Raises Invalid."""
-    return fit({"op": one_of(*ops)}, request, "request")["op"]
 
 
 def read_request(city: City, fields: dict) -> dict:
@@ -521,24 +483,22 @@ def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dic
     """
     question = {"op": "reserve"} | request
     request_id = request["id"]
-
-    def ask(broker, seconds):
+    asked = []
+    for broker, seconds in walk(home):
+        if caller.breaker.is_open(broker.address):
+            continue
+        asked.append(broker.name)
         tell("->", broker.name, request_id, "a spot for", request["car"])
         try:
             answer = caller.ask(broker.address, question, seconds)
             reply = read_reply(city, answer, request_id)
         except (NoAnswer, Invalid) as fault:
             tell("<-", broker.name, request_id, f"skipped: {fault}")
-            return None
+            continue
         tell("<-", broker.name, request_id, outcome(reply))
-        return reply if reply["station"] else None
-
-    brokers = (broker for broker in home.others()
-               if not caller.breaker.is_open(broker.address))
-    offer, asked = walk(brokers, ask)
-    if offer is None:
-        return refusal(request_id, "full", asked)
-    return offer | {"asked": asked}
+        if reply["station"]:
+            return reply | {"asked": asked}
+    return refusal(request_id, "full", asked)
 
 
 # --- The cloud ------------------------------------------------------------------------
@@ -555,9 +515,12 @@ class Cloud:
 
     def answer(self, request):
         """The answer to a request. Raises Invalid."""
-        if read_op(request, "search", "city") == "city":
-            return self.do_city()
-        return self.do_search(request)
+        match request.get("op"):
+            case "search":
+                return self.do_search(request)
+            case "city":
+                return self.do_city()
+        raise Invalid("request.op must be search or city")
 
     def do_search(self, fields):
         request = read_request(self.city, fields)
@@ -570,11 +533,10 @@ class Cloud:
 
     def do_city(self):
         """What every broker says of itself, all asked at once; None: no answer."""
-        names = [broker.name for broker in self.city.ring]
-        statuses = self.pollsters.map(self.ask_status, self.city.ring)
-        return {"brokers": dict(zip(names, statuses))}
+        return {"brokers": dict(self.pollsters.map(self.ask_status, self.city.ring))}
 
     def ask_status(self, broker):
+        """(its name, its status)"""
         trouble = ""
         status = None
         try:
@@ -582,7 +544,7 @@ class Cloud:
         except NoAnswer as fault:
             trouble = f"no status: {fault}"
         self.tell.trouble("<-", broker.name, trouble)
-        return status
+        return broker.name, status
 
 
 def main():

@@ -22,9 +22,10 @@ import functools
 import heapq
 import json
 import math
-from time import monotonic
+from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from time import monotonic
+from typing import Callable, Iterator, NamedTuple
 
 SERVERS = Path(__file__).with_name("servers.json")
 BROKER_WAIT = 1.5   # s for one broker's answer: its own stations may take 1 s of them
@@ -56,21 +57,18 @@ class Ring:
     """A circular linked list of brokers. Iterating goes round once, from the first."""
 
     def __init__(self):
-        self.first = None
         self.last = None
 
     def append(self, broker):
-        """Put the broker between the last one and the first."""
-        if self.first is None:
-            self.first = broker
-        else:
+        """Put the broker between the last one and the first, the last one's next."""
+        if self.last:
+            broker.next = self.last.next
             self.last.next = broker
-        broker.next = self.first
         self.last = broker
 
     def __iter__(self):
-        yield self.first
-        yield from self.first.others()
+        yield from self.last.others()
+        yield self.last
 
     def find(self, name):
         """The broker of this name, or None."""
@@ -80,23 +78,15 @@ class Ring:
         return None
 
 
-def walk(brokers: Iterable[Broker], ask: Callable):
-    """Ask one broker after the other until one offers a spot, for WALK_WAIT at most.
-
-    `ask(broker, seconds)` returns an offer, or None: no spot, or no answer in time.
-    Returns (offer or None, the names of all who were asked, in order).
-    """
+def walk(home: Broker) -> Iterator[tuple[Broker, float]]:
+    """Each other broker, and the seconds for which to wait for its answer, until
+    WALK_WAIT is over. Whoever walks stops when one offers a spot."""
     end = monotonic() + WALK_WAIT
-    asked = []
-    for broker in brokers:
+    for broker in home.others():
         left = end - monotonic()
         if left <= 0:
             break
-        asked.append(broker.name)
-        offer = ask(broker, min(BROKER_WAIT, left))
-        if offer is not None:
-            return offer, asked
-    return None, asked
+        yield broker, min(BROKER_WAIT, left)
 
 
 # --- Checking what others wrote -------------------------------------------------------
@@ -105,6 +95,7 @@ def walk(brokers: Iterable[Broker], ask: Callable):
 #
 #     NAME                       one value, of a kind that passes a test
 #     [NAME]                     a list of such values
+#     (NAME,)                    such a value, or null
 #     {NAME: USE}                an object with such keys and such values
 #     {"id?": ID, "at": NAME}    an object with these fields; one with ? may be missing,
 #                                and a field that the shape does not know is dropped
@@ -130,12 +121,14 @@ def fit(shape, value, what: str):
     This checks untrusted input. Our own invariants are covered by tests.
     """
     if isinstance(shape, Kind):
-        if not shape.holds(value):
+        if not shape.holds(value):      # (so no text is made where all is well)
             raise Invalid(f"{what} must be {shape.words}")
         return value
     if isinstance(shape, list):
         need(isinstance(value, list), f"{what} must be a list")
         return [fit(shape[0], item, what) for item in value]
+    if isinstance(shape, tuple):
+        return None if value is None else fit(shape[0], value, what)
     need(isinstance(value, dict), f"{what} must be an object")
     [first, *_] = shape
     found = {}
@@ -153,7 +146,7 @@ def fit(shape, value, what: str):
     return found
 
 
-def read_json(text: bytes, pairs: Callable | None = None):
+def read_json(text: bytes, pairs=None):
     """The value of a JSON text in UTF-8. Raises Invalid for whatever is not one.
 
     `pairs` makes something else than a dict of an object's (key, value) pairs.
@@ -172,6 +165,13 @@ def read_object(text: bytes) -> dict:
     return value
 
 
+def to_json(value) -> bytes:
+    """For None nothing: an empty message takes a retained one away."""
+    if value is None:
+        return b""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
+
+
 def is_id(text, longest=64) -> bool:
     """Printable text. (Control characters and lone surrogates are not printable.)"""
     if not isinstance(text, str):
@@ -188,15 +188,16 @@ def is_name(text) -> bool:
     return "/" not in text and "+" not in text and "#" not in text
 
 
-def number(words: str, low: float, high: float, *types: type) -> Kind:
+def number(words: str, low: float, high: float, types=(int, float)) -> Kind:
     """NaN does not pass, as it compares false with all; nor does True, which Python
     takes for 1."""
-    kinds = types or (int, float)
-    return Kind(words, lambda value: type(value) in kinds and low <= value <= high)
+    def is_between(value):
+        return type(value) in types and low <= value <= high
+    return Kind(words, is_between)
 
 
 def whole(low: int, high: int) -> Kind:
-    return number(f"a whole number from {low} to {high}", low, high, int)
+    return number(f"a whole number from {low} to {high}", low, high, [int])
 
 
 def one_of(*texts: str) -> Kind:
@@ -206,19 +207,19 @@ def one_of(*texts: str) -> Kind:
 NAME = Kind("a name: 1 to 64 printable characters without / + #", is_name)
 ID = Kind("1 to 64 printable characters", is_id)
 KM = number("a number of km", 0, 1e9)
+PERCENT = number("a number from 0 to 100", 0, 100)
+COUNTER = whole(0, 2**53)
 SPOTS = whole(1, 200)
 
 
 # --- The city -------------------------------------------------------------------------
 
 def is_host(text) -> bool:
-    if not is_id(text, 253) or " " in text:
-        return False
-    try:
-        text.encode("idna")
-    except UnicodeError:
-        return False
-    return True
+    with suppress(UnicodeError):
+        if is_id(text, 253):
+            text.encode("idna")
+            return True
+    return False
 
 
 COORDINATE = number("a finite number of km", -1e150, 1e150)
@@ -226,7 +227,8 @@ HOST = Kind("a host name or an address", is_host)
 PORT = whole(1, 65535)
 FILE = {    # servers.json
     "cloud": {"host": HOST, "port": PORT},
-    "brokers": [{"name": NAME, "host": HOST, "mqtt": PORT, "http": PORT, "tcp": PORT}],
+    "brokers": [{"name": NAME, "host": HOST,
+                 "mqtt": PORT, "http": PORT, "tcp": PORT}],
     "places": {NAME: {"at": [COORDINATE], "broker": NAME, "spots?": SPOTS}},
     "roads": [[NAME]],
 }
@@ -252,10 +254,14 @@ class City:
         self.ring = Ring()
         for entry in data["brokers"]:
             self.ring.append(Broker(**entry))
-        self.neighbours = {place: [] for place in self.places}
+        # Each place's neighbours, and how far they are (km; roads are straight).
+        self.neighbours = {place: {} for place in self.places}
         for a, b in self.roads:
-            self.neighbours[a].append(b)
-            self.neighbours[b].append(a)
+            start = self.places[a]["at"]
+            end = self.places[b]["at"]
+            km = math.dist(start, end)
+            self.neighbours[a][b] = km
+            self.neighbours[b][a] = km
 
     def broker_of(self, place):
         return self.ring.find(self.places[place]["broker"])
@@ -265,12 +271,7 @@ class City:
         return [name for name, place in self.places.items()
                 if "spots" in place and broker in (None, place["broker"])]
 
-    def length(self, a, b) -> float:
-        """Of the road between two places, in km: it is straight."""
-        start = self.places[a]["at"]
-        end = self.places[b]["at"]
-        return math.dist(start, end)
-
+    @functools.cache    # the roads never change, so each start is searched from once
     def ways(self, start: str) -> dict[str, Way]:
         """Dijkstra's algorithm: the shortest way from `start` to each place that can be
         reached, the nearest place first: {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
@@ -282,22 +283,15 @@ class City:
             if here in found:
                 continue
             found[here] = way
-            for place in self.neighbours[here]:
-                km = way.km + self.length(here, place)
-                heapq.heappush(frontier, Way(km, [*way.route, place]))
+            for place, km in self.neighbours[here].items():
+                route = [*way.route, place]
+                heapq.heappush(frontier, Way(way.km + km, route))
         return found
 
-    @functools.cache    # the roads never change, so each start is searched from once
-    def ways_to_stations(self, start: str) -> dict[str, Way]:
-        """The stations that can be reached from `start`, the nearest first."""
-        ways = self.ways(start)
-        return {place: ways[place] for place in ways if "spots" in self.places[place]}
-
     def within_range(self, start: str, km: float) -> dict[str, Way]:
-        """Those of them that are at most so many km away."""
-        ways = self.ways_to_stations(start)
-        return {station: way for station, way in ways.items()
-                if way.km <= km}
+        """The stations that are at most so many km away, the nearest first."""
+        return {place: way for place, way in self.ways(start).items()
+                if way.km <= km and "spots" in self.places[place]}
 
 
 def load(path) -> City:
@@ -306,16 +300,15 @@ def load(path) -> City:
         text = Path(path).read_bytes()
         data = fit(FILE, read_json(text, unique_keys), "the file")
         check_city(data)
-    except OSError as fault:
-        raise Invalid(f"{path}: {fault.strerror}") from None
-    except Invalid as fault:
+    except (OSError, Invalid) as fault:
         raise Invalid(f"{path}: {fault}") from None
     return City(data)
 
 
 def unique_keys(pairs: list) -> dict:
     found = dict(pairs)
-    need(len(found) == len(pairs), f"a key is given twice, one of {list(found)!s:.99}")
+    need(len(found) == len(pairs),
+         f"a key is given twice, one of {list(found)!s:.99}")
     return found
 
 
@@ -329,9 +322,10 @@ def check_city(data: dict):
         need(brokers.count(name) == 1, f"broker {name} is given twice")
         need(name not in places, f"{name} is a broker and a place")
     for name, place in places.items():
-        need(len(place["at"]) == 2, f"place {name}: at must be two numbers")
+        need(len(place["at"]) == 2,
+             f"place {name}: at must be two numbers")
         need(place["broker"] in brokers, f"place {name}: its broker is unknown")
     for road in data["roads"]:
         ends = set(road)
-        need(len(road) == 2 and len(ends) == 2, f"a road must join two places: {road}")
+        need(len(road) == len(ends) == 2, f"a road must join two places: {road}")
         need(ends <= places.keys(), f"a road to nowhere: {road}")

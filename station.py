@@ -21,7 +21,6 @@ Read next: car.py. Left out on purpose: kilowatts, prices, a memory of its own o
 """
 
 import argparse
-import json
 import random
 import socket
 import struct
@@ -33,8 +32,8 @@ from paho.mqtt import client as paho
 
 from cloud_server import (KEY, SECONDS, Story, choose_names, give_up, mqtt_password,
                           resolve, start_up, until_stopped)
-from ring import (NAME, SPOTS, Invalid, Kind, fit, is_id, one_of, read_object,
-                  whole)
+from ring import (COUNTER, NAME, SPOTS, Invalid, Kind, fit, is_id, one_of, read_object,
+                  to_json, whole)
 
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
 TURN = 0.1          # s between two looks at the leases, or at the road
@@ -49,7 +48,7 @@ BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 CLAIM = {"use": USE, "id?": CLAIM_ID}
 ANSWER = {"id": CLAIM_ID, "car": NAME, "ok": BOOLEAN, "lease?": SECONDS}
 STATE = {"station": NAME, "spots": SPOTS, "free": whole(0, 200), "cars": {NAME: USE},
-         "life": whole(0, 2**53)}
+         "life": COUNTER}
 
 
 # --- The connection of a station or a car ---------------------------------------------
@@ -68,18 +67,11 @@ def mqtt_client(client_id: str) -> paho.Client:
     return client
 
 
-def to_json(value) -> bytes:
-    """A payload. None is an empty one, which takes a retained message away."""
-    if value is None:
-        return b""
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
 class Client:
     """What a station and a car have in common: a name, a story, and a connection.
 
     The connection never raises. While it is down, what is published is dropped, and
-    `look` tries to connect again. That is enough, as all that counts is said again
+    `attend` tries to connect again. That is enough, as all that counts is said again
     (soft state): each new connection begins with `greet`.
 
     Each connection has a paho client of its own, so that nothing unsent of the last one
@@ -94,44 +86,38 @@ class Client:
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
         self.last = None        # what was published last
-        self.inbox = []         # messages that have come in since the last look
-        self.failures = 0       # since a broker has last let us in
-        self.next_try = 0.0     # on the monotonic clock
-        self.why = ""           # a connection was lost
+        self.inbox = []         # messages that have come in in paho's `loop`
 
     def aim_at(self, broker, will_topic, will):
         """From now on connect to this broker, with this last will."""
         self.close()
         self.broker = broker
         self.will = will_topic, to_json(will)
-        self.failures = 0
-        self.next_try = 0.0
+        self.failures = 0       # since a broker has last let us in
+        self.next_try = 0.0     # on the monotonic clock
 
-    def look(self, seconds):
-        """Let paho send and receive for a moment, or connect. Returns what came in."""
+    def attend(self):
+        """Let paho send and receive for a moment, or connect; then hear what came in.
+
+        An invalid message changes nothing.
+        """
         if self.mqtt:
-            self.work(seconds)
+            self.work()
         elif monotonic() < self.next_try:
-            sleep(seconds)
+            sleep(TURN)
         else:
             self.connect()
-        messages, self.inbox = self.inbox, []
-        return messages
-
-    def attend(self, seconds):
-        """Look, and hear what came in. An invalid message changes nothing."""
-        for message in self.look(seconds):
+        while self.inbox:
+            message = self.inbox.pop(0)
             try:
                 self.hear(message)
             except Invalid as fault:
                 self.tell("<-", message.topic, f"invalid message: {fault!s:.99}")
 
     def connect(self):
-        self.next_try = monotonic() + RECONNECT
         client = mqtt_client(self.name)
         client.will_set(*self.will, qos=1, retain=True)
         client.on_message = self.take_in
-        client.on_disconnect = self.note_why
         try:
             client.connect(resolve(self.broker.host), self.broker.mqtt, KEEPALIVE)
             self.mqtt = client
@@ -144,20 +130,16 @@ class Client:
         if message.topic:
             self.inbox.append(message)
 
-    def note_why(self, client, data, flags, reason, properties):
-        """Paho alone knows whether it was the broker that left, or our patience."""
-        self.why = "is silent" if "Keep alive" in str(reason) else "has hung up"
-
-    def work(self, seconds):
+    def work(self):
         try:
-            code = self.mqtt.loop(seconds)
+            code = self.mqtt.loop(TURN)
         except (ValueError, LookupError, TypeError, struct.error) as fault:
             # paho's parser has met what is not MQTT.
             return self.lose(f"does not speak MQTT ({fault})")
         if code == paho.MQTT_ERR_CONN_REFUSED:
             self.lose("refuses us: is EV_KEY the same on both sides?")
         elif code != paho.MQTT_ERR_SUCCESS:
-            self.lose(self.why)
+            self.lose("the connection is lost")
         elif self.mqtt.is_connected() and not self.is_up:
             self.is_up = True
             self.failures = 0
@@ -165,10 +147,11 @@ class Client:
             self.greet()
 
     def lose(self, why):
-        """Down. `look` will try again, after a moment."""
+        """Down. `attend` will try again, after a moment."""
         self.mqtt = None
         self.is_up = False
         self.failures += 1
+        self.next_try = monotonic() + RECONNECT
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
     def subscribe(self, *topics):
@@ -191,7 +174,7 @@ class Client:
             lost = self.last.rc != paho.MQTT_ERR_SUCCESS    # with the connection
             if lost or self.last.is_published():
                 break
-            self.work(TURN)
+            self.work()
         if self.mqtt:
             self.mqtt.disconnect()
         self.mqtt = None
@@ -226,6 +209,13 @@ class Spot(NamedTuple):
 FREE = Spot("free", 0.0, "-")
 
 
+TWICE = "was started again elsewhere: that one goes on"
+
+
+class StartedTwice(Exception):
+    """There is another station of our name, which was started after us."""
+
+
 class Station(Client):
     """Its spots are touched by its own thread only, the one that runs `live`.
 
@@ -238,28 +228,31 @@ class Station(Client):
         self.lease = lease
         self.topic = f"{broker.name}/stations/{name}"
         self.memory = f"{self.topic}/state", f"{self.topic}/mark"
-        self.ears = f"{broker.name}/cars/+/+/{name}"
         self.spots = city.places[name]["spots"]
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
         self.is_restored = False                # has it ever read its state back,
         self.is_serving = False                 # and has it on this connection?
-        self.fault = ""                         # why its life has ended, if by itself
         self.aim_at(broker, f"{self.topic}/online", False)
 
     def live(self):
+        try:
+            self.keep_leases()
+            self.publish(f"{self.topic}/online", False, retain=True)
+        except StartedTwice:        # the other one is online
+            self.tell(TWICE)
+        self.close()
+
+    def keep_leases(self):
         now = monotonic()
         while not self.stopping.is_set():
             before = now
-            self.attend(TURN)
+            self.attend()
             now = monotonic()
             if now > before + FROZEN:
                 self.begin_leases()     # whoever claimed meanwhile is yet to be heard
             elif self.is_up and self.is_serving:
                 self.end_leases(now)
-        if not self.fault:          # else the other one of our name is online
-            self.publish(f"{self.topic}/online", False, retain=True)
-        self.close()
 
     # --- reading its own state back: greet -> remember -> serve
 
@@ -279,17 +272,11 @@ class Station(Client):
         The first time we take over what an earlier process has left. Later we should
         find what we said ourselves. If we find another's, it was started after us.
         """
-        uses = state["cars"]
         if not self.is_restored:
-            # There may be fewer spots now. Who charges comes first: False < True.
-            cars = sorted(uses, key=lambda car: uses[car] != "charging")
-            self.cars = {car: FREE._replace(use=uses[car])
-                         for car in cars[:self.spots]}
+            cars = list(state["cars"].items())[:self.spots]     # it may have fewer now
+            self.cars = {car: FREE._replace(use=use) for car, use in cars}
         elif state["life"] != self.life:
-            why = "was started again elsewhere: that one goes on"
-            self.fault = f"{self.name} {why}"
-            self.tell(why)
-            self.stopping.set()
+            raise StartedTwice
 
     def serve(self):
         """Our mark is back: what it has retained has come."""
@@ -297,7 +284,7 @@ class Station(Client):
         self.is_restored = True
         self.is_serving = True
         self.unsubscribe(*self.memory)
-        self.subscribe(self.ears)
+        self.subscribe(f"{self.broker.name}/cars/+/+/{self.name}")
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
@@ -323,37 +310,39 @@ class Station(Client):
                 state = read_object(message.payload)
                 self.remember(fit(STATE, state, "our last state"))
             case [_, "stations", _, "mark"] if not message.retain:
-                if not self.fault:
-                    self.serve()
+                self.serve()
 
     def claim(self, car, claim):
-        """Take or renew a spot. Say our state if it has changed, or to refuse: a car
-        that was wrong about its spot sees there that it has none."""
         claim_id = claim.get("id", "")
         request, _, _ = claim_id.rpartition("@")
-        before = self.cars.get(car, FREE)
         ok = self.take(car, claim["use"], request)
-        spot = self.cars.get(car, FREE)
-        if not ok or spot.use != before.use:
-            self.publish_state()        # before the yes: who hears it knows both
-            self.tell("<-", car, spot.request, spot.use if ok else "finds no free spot")
+        answer = {"id": claim_id, "car": car, "ok": ok}
+        if ok:
+            answer["lease"] = self.lease
         if claim_id:
-            answer = {"id": claim_id, "car": car, "ok": ok}
-            if ok:
-                answer["lease"] = self.lease
             self.publish(f"{self.topic}/answer", answer)
 
     def take(self, car, use, request):
         """The whole rule: a car has at most one spot, and whoever claims it has it for
-        one lease from now. Returns whether the car has one."""
-        spot = self.cars.get(car, FREE)
-        if spot is FREE and len(self.cars) >= self.spots:
-            return False
-        if spot.use == "charging":
-            use = "charging"            # it stays plugged in, whatever comes late
+        one lease from now. Returns whether the car has one.
+
+        Our state is told when it has changed; and to refuse: a car that was wrong about
+        its spot sees there that it has none. It comes before the yes: who hears that
+        knows both.
+        """
+        old = self.cars.get(car, FREE)
         if request == "":
-            request = spot.request
+            request = old.request
+        if old is FREE and len(self.cars) >= self.spots:
+            self.publish_state()
+            self.tell("<-", car, request, "finds no free spot")
+            return False
+        if old.use == "charging":
+            use = "charging"            # it stays plugged in, whatever comes late
         self.cars[car] = Spot(use, monotonic() + self.lease, request)
+        if use != old.use:
+            self.publish_state()
+            self.tell("<-", car, request, use)
         return True
 
     def end_leases(self, now):
@@ -401,7 +390,7 @@ def main():
     stations = [Station(name, city, args.lease) for name in names]
     with until_stopped():
         live_until_stopped(stations)
-        give_up(stations[-1].fault)     # all lives have ended by themselves
+        give_up(f"{names[-1]} {TWICE}")     # all lives have ended by themselves
 
 
 if __name__ == "__main__":

@@ -410,13 +410,13 @@ class City:
 
     def are_online(self, *names, online=True, seconds=DEADLINE):
         for name in names:
-            wait_until(lambda: self.station(name)["online"] is online,
+            wait_until(lambda: self.station(name).get("online") is online,
                        f"{name} online={online}", seconds)
 
     def shows(self, seconds=DEADLINE, **stations):
         """Wait until the stations have these cars: city.shows(P1={"car1": "held"})."""
         for name, cars in stations.items():
-            wait_until(lambda: self.station(name)["cars"] == cars,
+            wait_until(lambda: self.station(name).get("cars") == cars,
                        f"{name} with {cars}", seconds)
 
     def asks(self, car, at="A", range=50, to="server1"):
@@ -766,10 +766,10 @@ class Ring(Story):
     """ring.py: the circular list, the walk, servers.json, and the roads."""
     FILE = describe(P1=2, P3=1)
     WALKS = """
-        b | d,a | 0   | c:1.5 d:1.5       | c d   | the first that says yes
-        a |     | 0   | b:1.5 c:1.5 d:1.5 | b c d | round to the one before the first
-        b |     | 1.5 | c:1.5 d:1.5 a:0.5 | c d a | three that hang
-        b |     | 3.5 | c:1.5             | c     | no time is left
+        b | d,a | 0   | c:1.5 d:1.5       | the first that says yes
+        a |     | 0   | b:1.5 c:1.5 d:1.5 | round to the one before the first
+        b |     | 1.5 | c:1.5 d:1.5 a:0.5 | three that hang
+        b |     | 3.5 | c:1.5             | no time is left
         """
     MISTAKES = """
         cloud               | gone             | no cloud
@@ -795,7 +795,7 @@ class Ring(Story):
     TEXTS = b"{", b"\xff", b"[" * 20_000, b"9" * 5_000, TWICE
     SCRIPTS = r"""
         cloud_server.py --config bad.json            | ""       | bad.json: .*cloud
-        broker.py --config none.json                 | ""       | none.json: No such
+        broker.py --config none.json                 | ""       | none.json: .*No such
         broker.py --config city.json server1 server9 | ""       | city.json: .*server9
         station.py --config city.json A              | ""       | 'A'
         car.py --config city.json --at Z             | ""       | 'Z'
@@ -813,17 +813,15 @@ class Ring(Story):
         circle = ring.Ring()
         for name in "abcd":
             circle.append(ring.Broker(name, "localhost", 1, 2, 3))
-        for home, yes, seconds, expected, names, why in rows(self.WALKS):
+        for home, yes, seconds, expected, why in rows(self.WALKS):
             asked = []
-
-            def ask(node, patience):
+            for node, patience in ring.walk(circle.find(home)):
                 asked.append(f"{node.name}:{patience:.1f}")
+                if node.name in yes:
+                    break
                 self.clock.now += float(seconds)
-                return node.name if node.name in yes else None
-            offer, found = ring.walk(circle.find(home).others(), ask)
             with self.subTest(why):
-                self.assertEqual((" ".join(asked), found), (expected, names.split()))
-                self.assertEqual(offer, found[-1] if yes else None)
+                self.assertEqual(" ".join(asked), expected)
 
     def test_the_shortest_way_by_road(self):
         """From A to D over B, though C is nearer to A."""
@@ -1296,7 +1294,7 @@ class TheStation(Simulation):
         """Once, with whole leases, and no more cars than it has spots. And the one that
         was started later is the station: the older one ends, and says nothing more."""
         self.plays("""
-            P1 left another ann-held bob-charging cid-charging
+            P1 left another bob-charging cid-charging dan-held
             P1 starts; has bob-charging cid-charging; says mark
             time passes 13
             P1 has bob-charging cid-charging
@@ -1304,7 +1302,7 @@ class TheStation(Simulation):
             P1 has cid-charging; left own ann-held bob-charging
             P1 is_cut_off; has cid-charging; left another ann-held; says mark
             P1 is_cut_off; says mark""")
-        self.assertTrue(self.parts["P1"].stopping.is_set())
+        self.assertIsNone(self.parts["P1"].mqtt)
         unlucky = station.Station("P1", self.map, 15)
         for cars in {"ann": "held", "bob": "held"}, {"cid": "held", "dan": "held"}:
             unlucky.remember({"cars": cars})            # and cut off before its mark
@@ -1331,8 +1329,10 @@ class TheCar(Simulation):
         """Below 25 %, or where the next road is longer than it can drive. Even a name
         of 64 characters leaves room for its request's id."""
         self.patch(car.random, "choice", lambda roads: roads[-1])
-        self.map.places["P6"]["at"] = [40, 0]           # 30 km from E, its only road
-        self.map.places["P3"]["at"] = [70, 0]           # too far even for a full one
+        file = describe(P1=1, P3=1, P6=1)
+        file["places"]["P6"]["at"] = [40, 0]            # 30 km from E, its only road
+        file["places"]["P3"]["at"] = [70, 0]            # too far even for a full one
+        self.begins(file)
         long = "n" * 64
         self.plays(f"""
             {long} drives battery=24
@@ -1504,7 +1504,7 @@ class TheFog(Simulation):
         self.asks("fay", range=0.9)
         self.plays("fay says reply:out.of.range")
         self.assertEqual(len(self.ids), len(set(self.ids)))
-        self.assertRegex(" ".join(self.ids), r"\A(a-1@server1-\d+ ?)*\Z")
+        self.assertRegex(" ".join(self.ids), r"\A(a-1@server1-[0-9a-f]+ ?)*\Z")
 
     def test_two_silent_stations_are_waited_for_and_then_left_out(self):
         file = describe(P1=2, P2=1, P3=1)
@@ -1617,7 +1617,8 @@ class Topics(Story):
             for name in good.split() + bad.split():
                 tree.remove(name, name)
                 tree.remove(name, "all")
-            self.assertEqual((tree.below, tree.subscribers), ({}, {}))
+            self.assertEqual(tree.subscribers, {})
+            self.assertEqual(tree.tree._root._children, {})     # no memory is lost
 
     def test_who_may_publish(self):
         """As itself below a broker's name; anybody elsewhere."""
@@ -1639,7 +1640,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
     """
     CONNECTS = """
         30 - "t"                            | not CONNECT [MQTT-3.1.0-1]
-        50                                  | the beginning of "POST ...", and no more
+        50 02 00 07                         | nor this, as "POST ..." would begin
         16 03 01                            | the beginning of TLS, and no more
         11 - "MQTT" 04 02 00 00 ""          | a reserved flag [MQTT-2.2.2-2]
         10 - "MQTTT" 04 02 00 00 ""         | another protocol [MQTT-3.1.2-1]
@@ -1720,7 +1721,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
             self.assertEqual(packet, encode(PUBLISH, 0, bytes(size)))
             buffer = bytearray(packet + b"after")
             found = broker.take_packet(buffer)
-            self.assertEqual((found.kind, found.flags, len(found.body), buffer),
+            self.assertEqual((found.kind, found.flags, len(found.rest()), buffer),
                              (PUBLISH, 0, size, b"after"))
             for missing in range(1, min(len(packet), 9)):
                 self.assertIsNone(broker.take_packet(bytearray(packet[:-missing])))
@@ -1743,6 +1744,10 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
 
     async def asyncSetUp(self):
         self.server = broker.MqttServer(set(), {"P1/state"}, mock.Mock())
+        patch = mock.patch.object(broker, "SLICE", DEADLINE)
+        self.slice, _ = patch.get_original()
+        patch.start()
+        self.addCleanup(patch.stop)
 
     async def goes_round(self, times=3):
         for _ in range(times):      # the loop
@@ -1810,6 +1815,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
 
     async def test_each_has_its_slice_of_time(self):
         """Many packets, or one expensive subscription, hold up nobody for long."""
+        broker.SLICE = self.slice
         for n in range(1_000):
             self.server.publish("a/" * 10 + str(n), b"x", retain=True)
         filters = ["/".join(levels) for levels in itertools.product("a+", repeat=11)]
@@ -1821,48 +1827,33 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
             self.assertGreater(eve.transport.pause_reading.call_count, 3)
 
     async def test_who_makes_work_waits(self):
-        """A request, or a message to who has enough to do, ends the slice."""
+        """A message to who has enough to do ends the slice."""
         ann = join(self.server, connect("ann"), subscribe("t"))
-        fog = mock.Mock(deliver=lambda *message: broker.spawn(asyncio.sleep(0)))
-        self.server.subscribe_inside("request", fog)
-        for topic, is_blocked in ("request", False), ("t", True), ("t", False):
+        for is_blocked in True, False:
             ann.is_blocked = is_blocked
-            eve = join(self.server, connect("eve"), *[publish(topic)] * 9)
-            self.assertEqual(len(eve.buffer) > 0, topic == "request" or is_blocked)
+            eve = join(self.server, connect("eve"), *[publish("t")] * 9)
+            self.assertEqual(len(eve.buffer) > 0, is_blocked)
             end = time.monotonic() + DEADLINE
             while eve.buffer and time.monotonic() < end:
                 await self.goes_round()
             self.assertEqual(eve.buffer, b"")
 
-    async def test_who_is_behind_is_waited_for_but_not_for_long(self):
-        """And is heard meanwhile, but for what asks for more."""
+    async def test_who_is_behind_is_waited_for(self):
+        """And is heard meanwhile, as it might be waiting for others itself."""
         ann = join(self.server, connect("ann"), subscribe("t"))
+        self.assertFalse(self.server.publish("t", b""))
         ann.is_blocked = True
         self.assertTrue(self.server.publish("t", b""))
-        ann.session.behind_since -= broker.CATCH_UP
-        self.assertFalse(self.server.publish("t", b""))
-        ann.data_received(PING + PING + publish("t") + PING)
+        ann.data_received(PING + publish("x") + PING)
         self.assertEqual(ann.out[-2:], [PONG, PONG])
-        self.assertEqual(ann.buffer, publish("t") + PING)
-        ann.resume_writing()
-        self.assertEqual(ann.buffer, b"")
-
-    async def test_who_may_be_reading_is_not_silent(self):
-        ann = join(self.server, connect("ann", keep=9))
-        for is_blocked, seconds, silent in (0, 1, 1), (1, 1, 0), (1, 61, 1), (0, -1, 0):
-            ann.is_blocked = is_blocked
-            ann.deadline = time.monotonic() - seconds
-            self.assertEqual(ann.is_silent(), silent)
 
     async def test_what_is_still_to_be_given(self):
-        """Each once, though the connection is lost; but if it is too much, anew."""
-        for length, total in (9, 60), (30_000, 18 + 60):
-            for n in range(60):
-                topic = f"{length}/{n:{length}}"
-                self.server.publish(topic, bytes(30_001 - length), 1, retain=True)
-            ann = join(self.server, connect("ann", flags=0),
-                       subscribe(f"{length}/#", qos=1))
-            ann.connection_lost(None)
+        """Is given anew, all of it, when the connection was lost."""
+        for n in range(60):
+            self.server.publish(f"t/{n}", bytes(30_000), 1, retain=True)
+        ann = join(self.server, connect("ann", flags=0), subscribe("t/#", qos=1))
+        ann.connection_lost(None)
+        for total in 18 + 60, 0:
             ann = join(self.server, connect("ann", flags=0))
             count = 0
             while ann.session.unacked:
@@ -1870,6 +1861,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
                 count += len(ids)
                 ann.data_received(b"".join(ack(PUBACK, id) for id in ids))
             self.assertEqual(count, total)
+            ann.connection_lost(None)
 
     async def test_many_retained_messages(self):
         """More than its budget: the next ones when it has acknowledged."""
