@@ -15,8 +15,8 @@ Where the city promises a number of seconds the tests allow SLACK more, for a bu
 machine.
 
 Many stories are texts. A line tells who does what: verbs, which are methods of that
-chapter or of a Part, and their words. `ann claims P1 held` is
-self.claims("ann", "P1", "held"); `P1 dies; comes_back` is self.city["P1"].dies(), and
+chapter or of whom they tell, and their words. `ann claims P1 held` is
+self.claims("ann", "P1", "held"); `P1 dies; comes_back` is self.cast["P1"].dies(), and
 then .comes_back().
 
 Read next: the story that interests you. Left out on purpose: how fast things are.
@@ -24,10 +24,12 @@ Read next: the story that interests you. Left out on purpose: how fast things ar
 
 import argparse
 import asyncio
+import atexit
 import base64
 import collections
 import concurrent.futures
 import copy
+import functools
 import heapq
 import itertools
 import json
@@ -135,21 +137,28 @@ class Clock:
 
 class Story(unittest.TestCase):
     """Tests whose stories are texts. If SPOTS names stations, all of them play in one
-    city of real processes."""
+    city of real processes. `cast` has those who have verbs of their own."""
     SPOTS = {}
     maxDiff = None
 
     @classmethod
     def setUpClass(cls):
         if cls.SPOTS:
-            cls.city = City(**cls.SPOTS)
+            cls.city = cls.cast = City(**cls.SPOTS)
             cls.addClassCleanup(cls.city.end)
+            cls.city.begin()
 
-    def founds(self, **how):
+    def runs(self, city, **how):
         """A city for this story alone."""
-        city = City(**how)
-        self.addCleanup(city.end)
-        return city
+        self.city = self.cast = City(**how)
+        self.addCleanup(self.city.end)
+        self.city.begin()
+
+    def raw(self, to="server1", door="mqtt", *packets):
+        """A connection for this story alone, to a door of the city."""
+        client = self.city.raw(to, door, *packets)
+        self.addCleanup(client.close)
+        return client
 
     def patch(self, *where):
         patch = mock.patch.object(*where)
@@ -164,25 +173,27 @@ class Story(unittest.TestCase):
 
     def plays(self, story):
         """Each line: who, then steps with ; between them. A step: a verb, its words."""
-        for line in story.replace("\\\n", "").strip().splitlines():
+        for line in story.strip().splitlines():
             line, _, _ = line.partition(" # ")
             who, _, steps = line.strip().partition(" ")
             for step in steps.split(";"):
-                verb, *words = step.split()
-                named = dict(word.split("=") for word in words if "=" in word)
-                for key, value in named.items():
-                    named[key] = int(value) if value.isdecimal() else value
-                plain = [word for word in words if "=" not in word]
                 try:
-                    self.act(who, verb, plain, named)
+                    self.act(who, *step.split())
                 except (AssertionError, ConnectionError) as fault:
                     raise AssertionError(f"{step!r} of {line!r}: {fault}") from None
 
-    def act(self, who, verb, plain, named):
+    def act(self, who, verb, *words):
+        named = dict(word.split("=") for word in words if "=" in word)
+        for key, value in named.items():
+            named[key] = int(value) if value.isdecimal() else value
+        plain = [self.means(word) for word in words if "=" not in word]
         if hasattr(self, verb):
             getattr(self, verb)(who, *plain, **named)
         else:
-            getattr(self.city[who], verb)(*plain, **named)
+            getattr(self.cast[who], verb)(*plain, **named)
+
+    def means(self, word):
+        return word
 
 
 # --- A city of real processes ---------------------------------------------------------
@@ -191,11 +202,12 @@ class Part:
     """A process, and the lines that it has told so far; `show` is told each of them."""
 
     def __init__(self, *command, show=None, **popen):
-        self.command = [str(word) for word in command]
+        self.command = [*map(str, command)]
         self.show = show
         self.popen = popen
         self.lines = []
         self.comes_back()
+        atexit.register(self.erase)     # whatever happens to the tests
 
     def comes_back(self):
         """Start it, or start it again."""
@@ -204,7 +216,8 @@ class Part:
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", **self.popen)
-        self.listener = threading.Thread(target=self.listen, args=[self.process.stdout])
+        self.listener = threading.Thread(target=self.listen, daemon=True,
+                                         args=[self.process.stdout])
         self.listener.start()
         return self
 
@@ -218,14 +231,15 @@ class Part:
     def says(self, *patterns):
         """Wait until it has said these, one after the other, after what came before."""
         for pattern in patterns:
-            self.read = wait_until(lambda: self.find(pattern), (pattern, self))
+            wait_until(lambda: self.has_said(pattern), (pattern, self))
         return self
 
-    def find(self, pattern):
+    def has_said(self, pattern):
         over = not self.listener.is_alive()
-        for at in range(self.read, len(self.lines)):
-            if re.search(pattern, self.lines[at]):
-                return at + 1
+        while self.read < len(self.lines):
+            self.read += 1
+            if re.search(pattern, self.lines[self.read - 1]):
+                return True
         assert not over, f"it ended without {pattern}: {self}"
 
     def __repr__(self):
@@ -247,7 +261,6 @@ class Part:
         """It hangs: its connections stay open, and nobody answers."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)      # until it does stand still
-        return self
 
     def thaws(self):
         self.process.send_signal(signal.SIGCONT)
@@ -259,12 +272,16 @@ class Part:
 
     def stop(self):
         """The way a user stops it: it ends at once, with exit status 0."""
+        self.check()
         if SIGNALS and not self.gone:
             self.thaws()                # its story may have ended early
             self.process.send_signal(random.choice([signal.SIGTERM, signal.SIGINT]))
-            self.ends(0, 2 + SLACK)
+            self.ends(0, 2 + SLACK).check()
 
     def erase(self):
+        self.process.terminate()        # the demo ends its own parts
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
         self.process.kill()
         self.process.wait()
         self.listener.join()
@@ -315,36 +332,35 @@ class City:
     city["P1"], city["server1"], city["cloud"] are the parts, to be killed and frozen.
     """
 
-    def __init__(self, lease=15, key="", mqtt=None, show=None, **spots):
+    def __init__(self, lease=15, key="", mosquitto=False, show=None, **spots):
+        self.lease = lease
         self.spots = spots
         self.key = key
         self.file = describe(free_ports(10), **spots)
-        self.cloud = self.file["cloud"]["port"]
         self.brokers = {entry["name"]: entry for entry in self.file["brokers"]}
-        self.popen = {"env": os.environ | {"EV_KEY": key}, "show": show}
-        if mqtt:
+        self.options = []
+        if mosquitto:       # one for all brokers
+            self.options = ["--external-mqtt"]
             for entry in self.file["brokers"]:
-                entry["mqtt"] = mqtt
+                entry["mqtt"] = self.brokers["server1"]["mqtt"]
+        self.popen = {"env": os.environ | {"EV_KEY": key}, "show": show}
         self.folder = tempfile.TemporaryDirectory()
         self.config = Path(self.folder.name, "servers.json")
         self.config.write_text(json.dumps(self.file))
         self.parts = {}
-        try:
-            self.begin(lease, ["--external-mqtt"] if mqtt else [])
-        except BaseException:
-            self.erase()
-            raise
 
-    def begin(self, lease, options):
+    def begin(self):
+        if self.options:
+            mosquitto = MOSQUITTO, "-p", self.brokers["server1"]["mqtt"]
+            self.parts["mosquitto"] = Part(*mosquitto).says("running")
         self.start("cloud_server.py", "cloud")
         for name in self.brokers:
-            self.start("broker.py", name, name, *options)
+            self.start("broker.py", name, name, *self.options)
         for name in self.brokers:
             self[name].says("serves")
-        if lease:
-            for name in self.spots:
-                self.start("station.py", name, name, "--lease", lease)
-            self.are_online(*self.spots)
+        for name in self.spots:
+            self.start("station.py", name, name, "--lease", self.lease)
+        self.shows(*self.spots, online=True)
 
     def __getitem__(self, name):
         return self.parts[name]
@@ -359,17 +375,11 @@ class City:
         return self.start("car.py", name, name, "--at", at, "--battery", battery,
                           "--speed", speed, *options)
 
-    def check(self):
-        for part in self.parts.values():
-            part.check()
-
     def end(self):
         """Each part is well, and ends at once when it is told to."""
         try:
-            self.check()
             for part in reversed(self.parts.values()):      # the cloud comes last
                 part.stop()
-            self.check()
         finally:
             self.erase()
 
@@ -383,64 +393,46 @@ class City:
     # --- what one can ask it
 
     def raw(self, to, door, *packets):
-        """A connection to a broker's door ("mqtt", "http", "tcp"), or to the cloud."""
-        port = self.cloud if to == "cloud" else self.brokers[to][door]
-        return RawClient(port, *packets)
+        """A connection to a broker's mqtt, http or tcp, or to the cloud's port."""
+        where = self.file["cloud"] if to == "cloud" else self.brokers[to]
+        return RawClient(where[door], *packets)
 
     def http(self, method, path, body=None, to="server1", **headers):
-        """(status, headers, JSON or bytes)"""
-        if self.key:
-            headers = {"Authorization": basic(f"me:{self.key}")} | headers
-        if body is not None:
-            body = json.dumps(body)
+        """(status, headers, text)"""
+        headers = {"Authorization": basic(f"me:{self.key}")} | headers
+        if body:
             headers["Content-Type"] = "application/json"
         with closing(HTTPConnection("127.0.0.1", self.brokers[to]["http"])) as web:
             web.request(method, path, body, headers)
             answer = web.getresponse()
-            text = answer.read()
-        if answer.headers.get_content_type() == "application/json":
-            text = json.loads(text)
-        return answer.status, answer.headers, text
+            return answer.status, answer.headers, answer.read().decode()
 
     def get(self, path, to="server1"):
-        return self.http("GET", path, to=to)[2]
+        return json.loads(self.http("GET", path, to=to)[2])
 
-    def station(self, name):
-        return self.get(f"/stations/{name}", self.file["places"][name]["broker"])
-
-    def are_online(self, *names, online=True, seconds=DEADLINE):
-        for name in names:
-            wait_until(lambda: self.station(name).get("online") is online,
-                       f"{name} online={online}", seconds)
-
-    def shows(self, seconds=DEADLINE, **stations):
-        """Wait until the stations have these cars: city.shows(P1={"car1": "held"})."""
-        for name, cars in stations.items():
-            wait_until(lambda: self.station(name).get("cars") == cars,
-                       f"{name} with {cars}", seconds)
+    def shows(self, *stations, seconds=DEADLINE, **state):
+        """Wait until they have this state: shows("P1", cars={"car1": "held"})."""
+        for name in stations:
+            to = self.file["places"][name]["broker"]
+            wait_until(lambda: self.get(f"/stations/{name}", to).items()
+                       >= state.items(), f"{name} with {state}", seconds)
 
     def asks(self, car, at="A", range=50, to="server1"):
         """The reply to a car's request, and what it `took`, in seconds: at most 9."""
         began = time.monotonic()
-        request = {"at": at, "range": range}
+        request = json.dumps({"at": at, "range": range})
         _, _, reply = self.http("POST", f"/cars/{car}/request", request, to)
         took = time.monotonic() - began
         assert took < 9 + SLACK, reply
-        return SimpleNamespace(took=took, **reply)
-
-    def claims(self, car, station, verb="claim", **value):
-        """What a car says to a station, over a connection of its own."""
-        name = self.file["places"][station]["broker"]
-        with closing(self.raw(name, "mqtt", connect(car))) as client:
-            client.expect(WELCOME).publishes(f"{name}/cars/{car}/{verb}/{station}",
-                                             json.dumps(value).encode(), 1)
+        return SimpleNamespace(took=took, **json.loads(reply))
 
     def rests(self):
         """Every car gives back what it has."""
-        for name in self.spots:
-            for car in self.station(name)["cars"]:
-                self.claims(car, name, "leave")
-        self.shows(**dict.fromkeys(self.spots, {}))
+        for to in self.brokers:
+            for state in self.get("/stations", to).values():
+                for car in state["cars"]:
+                    self.http("DELETE", f"/cars/{car}/request", to=to)
+        self.shows(*self.spots, cars={})
 
 
 def basic(user_and_key):
@@ -492,7 +484,6 @@ def subscribe(*filters, qos=0):
 
 PING, PONG, GOODBYE = encode(PINGREQ, 0), encode(PINGRESP, 0), encode(DISCONNECT, 0)
 WELCOME = ack(CONNACK, 0)
-Heard = collections.namedtuple("Heard", "topic payload qos retain dup id")
 
 
 class RawClient:
@@ -524,15 +515,16 @@ class RawClient:
 
     def packet(self):
         """The next packet: type, flags, body."""
-        first, byte, *_ = self.stream.read(2) or b"\0\0"
-        if first == 0:
+        first = self.stream.read(1)
+        if not first:
             raise ConnectionError("the server has closed the connection")
-        length = byte % 128
-        for place in 1, 2, 3:
-            if byte >= 128:
-                [byte] = self.stream.read(1)
-                length += byte % 128 * 128 ** place
-        return first // 16, first % 16, self.stream.read(length)
+        length = 0
+        for place in range(4):
+            [byte] = self.stream.read(1)
+            length += byte % 128 * 128 ** place
+            if byte < 128:
+                break
+        return *divmod(first[0], 16), self.stream.read(length)
 
     def expect(self, *packets):
         """These come, in this order; messages between them are put aside."""
@@ -545,22 +537,23 @@ class RawClient:
         return self
 
     def message(self):
-        """The next message, as Heard. Its id is 0 if it has none."""
-        kind, flags, body = self.early.pop(0) if self.early else self.packet()
-        assert kind == PUBLISH, f"{(kind, flags, body)} came, not a message"
-        qos = flags // 2 % 4
-        at = 2 + int.from_bytes(body[:2], "big")
-        end = at + 2 * bool(qos)
-        id = int.from_bytes(body[at:end], "big")
-        assert bool(id) == bool(qos), "[MQTT-2.3.1-1] a packet id is never 0"
-        return Heard(body[2:at].decode(), body[end:], qos, flags % 2, flags // 8, id)
+        return self.early.pop(0) if self.early else self.packet()
+
+    def reply(self):
+        """The next message, of QoS 0: its JSON."""
+        _, _, body = self.message()
+        length = int.from_bytes(body[:2], "big")
+        return json.loads(body[2 + length:])
 
     def hears(self, topic, payload=b"x", qos=0, retain=0, dup=0):
-        """This is the next message; returns its packet id."""
+        """This is the next message; returns its packet id, whatever that is."""
         got = self.message()
-        assert got[:-1] == (topic, payload, qos, retain, dup), f"heard {got}"[:300]
-        self.ids.append(got.id)
-        return got.id
+        at = 2 + len(topic)
+        id = int.from_bytes(got[-1][at:at + 2], "big")
+        expected = publish(topic, payload, qos, retain, dup, id)
+        assert encode(*got) == expected, f"heard {got}"[:300]
+        self.ids.append(id)
+        return id
 
     def takes(self, topic, payload=b"x", qos=0, retain=0):
         return self.settle(qos, self.hears(topic, payload, qos, retain))
@@ -570,10 +563,10 @@ class RawClient:
 
     def gives(self, kind, id=0):
         """An acknowledgement, of the last message that was heard if it has no id."""
-        self.send(ack(globals()[kind.decode()], id or self.ids[-1]))
+        self.send(ack(kind, id or self.ids[-1]))
 
     def gets(self, kind, id=0):
-        self.expect(ack(globals()[kind.decode()], id or self.ids[-1]))
+        self.expect(ack(kind, id or self.ids[-1]))
 
     def settle(self, qos, *ids, sender=False):
         """Our part of the handshake for these messages, all of them at each step."""
@@ -615,131 +608,123 @@ class RawClient:
 
 # --- The demo, and rush hour ----------------------------------------------------------
 
-CASES = [   # title; who starts then: name, place, battery; what must be seen
+CASES = [   # title; who starts then: name, place, battery; what these must say
     ("Case 1: car1 asks server1, which has a free spot", "car1 A 20",
-     "P1 +<- car1 .*charging"),
+     "P1 <- car1 .*charging"),
     ("Case 2: server1 is full, and soon server2, too: car2 takes its spot", "car2 C 20",
-     "P3 +<- car2 .*charging"),
+     "P3 <- car2 .*charging"),
     ("... so car3, which asks server1, is sent on to server3", "car3 A 24",
-     "cloud +-> server2 +car3-(.|\n)*P5 +<- car3 .*charging"),
+     "cloud -> server2 +car3-; P5 <- car3 .*charging"),
     ("Case 3: no spot is free anywhere: car4 waits until car1 leaves", "car4 A 20",
-     "car4 .*full(.|\n)*P1 +<- car1 .*leaves(.|\n)*P1 +<- car4 .*charging")]
+     "car4 full; P1 <- car1 .*leaves; P1 <- car4 .*charging")]
 
 
 def run_demo():
     """Ends with an AssertionError if one of the three cases does not happen."""
-    told = []
-
-    def show(line):
-        told.append(line)
-        print(line, flush=True)
-
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    logging.raiseExceptions = False     # that nobody listens is no reason to stop
+    show = logging.info
     show("=== A cloud, a ring of three brokers, and three stations with one spot each")
     city = City(show=show, P1=1, P3=1, P5=1)
     try:
-        for title, words, pattern in CASES:
+        city.begin()
+        for title, words, steps in CASES:
             show(f"=== {title}")
             name, at, battery = words.split()
             city.car(name, "--charges", 1, at=at, battery=battery, speed=4)
-            wait_until(lambda: re.search(pattern, "\n".join(told)), title)
+            for step in steps.split("; "):
+                who, _, pattern = step.partition(" ")
+                city[who].says(pattern)
         city["car1"].ends(0)
         show("=== All three cases happened.")
     finally:
         city.erase()
 
 
-class Rush:
-    """Many cars that ask the running city at once, each at the end of a connection.
+FARED = ["by its own broker", "one broker further", "two brokers further",
+         "further on", "refused", "late", "missing", "double"]
+
+
+class RushedCar(RawClient):
+    """One of many that ask the running city at once, at the end of a connection.
 
     Their spots are free again when the leases end.
     """
-    FARED = ["by its own broker", "one broker further", "two brokers further",
-             "further on", "refused", "late", "missing", "double"]
 
-    def __init__(self, city, count):
-        dice = random.Random(SEED)
-        self.city = city
-        self.places = {}        # car: where it is
-        for n in range(count):
-            self.places[f"rush{SEED}-{n}"] = dice.choice([*city.places])
-        self.replies = {car: [] for car in self.places}     # (after how many ms, reply)
+    def __init__(self, city, name, place):
+        node = city.broker_of(place)
+        self.topic = f"{node.name}/cars/{name}"
+        self.request = json.dumps({"id": f"{name}-1", "at": place, "range": 60})
+        self.replies = []       # (after how many ms, reply)
+        hello = connect(name, name, cloud_server.mqtt_password(name), flags=194)
+        super().__init__(node.mqtt, hello, host=node.host)
+        self.expect(WELCOME).subscribes(f"{self.topic}/reply")
 
-    def run(self):
-        """Returns the exit status: 1 if a reply is late, missing or double."""
-        clients = {car: self.join(car) for car in self.places}
-        ready = selectors.DefaultSelector()
-        for car, client in clients.items():
-            ready.register(client.socket, selectors.EVENT_READ, car)
-        began = time.monotonic()
-        for car, client in clients.items():
-            request = {"id": f"{car}-1", "at": self.places[car], "range": 60}
-            client.sends(self.topic(car, "request"), json.dumps(request).encode())
-        missing = len(clients)
-        while missing and time.monotonic() < began + 9 + SLACK:
-            for key, _ in ready.select(0.1):
-                reply = json.loads(clients[key.data].message().payload)
-                took = 1000 * (time.monotonic() - began)
-                missing -= not self.replies[key.data]
-                self.replies[key.data].append((took, reply))
-        seconds = time.monotonic() - began
-        for car, client in clients.items():
-            self.replies[car] += client.send(PING).expect(PONG).early   # doubles
-            client.send(GOODBYE).close()
-        return self.report(seconds)
-
-    def topic(self, car, verb):
-        return f"{self.city.broker_of(self.places[car]).name}/cars/{car}/{verb}"
-
-    def join(self, car):
-        broker = self.city.broker_of(self.places[car])
-        hello = connect(car)
-        if cloud_server.KEY:
-            hello = connect(car, car, cloud_server.mqtt_password(car), flags=194)
-        client = RawClient(broker.mqtt, hello, host=broker.host).expect(WELCOME)
-        return client.subscribes(self.topic(car, "reply"))
-
-    def fared(self, replies):
-        if len(replies) != 1:
-            return "double" if replies else "missing"
-        [(took, reply)] = replies
-        if took > 9000:
-            return "late"
-        if reply["station"] is None:
-            return "refused"
-        return self.FARED[min(3, len(reply["asked"]) - 1)]
-
-    def report(self, seconds):
-        times = {fared: [] for fared in self.FARED}
-        offers = collections.Counter()
-        for replies in self.replies.values():
-            took, reply = replies[0] if replies else (0, {"station": None})
-            times[self.fared(replies)].append(took)
-            offers[reply["station"]] += 1
-        for name in self.city.stations():       # a spot that was promised twice
-            over = offers[name] - self.city.places[name]["spots"]
-            times["double"] += [0] * over
-        print(f"{'':24}{'cars':>6}{'median':>12}{'99 %':>12}{'slowest':>12}")
-        for fared in self.FARED:
-            ms = sorted(times[fared])
-            line = f"{fared:24}{len(ms):6}"
-            if any(ms):
-                for at in len(ms) // 2, len(ms) * 99 // 100, -1:
-                    line += f"{ms[at]:9.1f} ms"
-            print(line)
-        count = len(self.replies) - len(times["missing"])
-        print(f"{count} replies in {seconds:.2f} s: {count / seconds:.0f} a second")
-        return int(any(times[fared] for fared in ("late", "missing", "double")))
+    def fared(self):
+        match self.replies:
+            case []:
+                return "missing"
+            case [(took, _)] if took > 9000:
+                return "late"
+            case [(_, {"station": None})]:
+                return "refused"
+            case [(_, {"asked": asked})]:
+                return FARED[min(3, len(asked) - 1)]
+        return "double"
 
 
-def run_rush(config, count):
+def rush(city, count):
+    """Returns the exit status: 1 if a reply is late, missing or double."""
+    dice = random.Random(SEED)
+    cars = [RushedCar(city, f"rush{SEED}-{n}", dice.choice([*city.places]))
+            for n in range(count)]
+    ready = selectors.DefaultSelector()
+    for car in cars:
+        ready.register(car.socket, selectors.EVENT_READ, car)
+    began = time.monotonic()
+    for car in cars:
+        car.sends(f"{car.topic}/request", car.request.encode())
+    missing = count
+    while missing and time.monotonic() < began + 9 + SLACK:
+        for key, _ in ready.select(0.1):
+            car = key.data
+            missing -= not car.replies
+            reply = car.reply()
+            car.replies.append((1000 * (time.monotonic() - began), reply))
+    seconds = time.monotonic() - began
+    for car in cars:
+        for more in car.send(PING).expect(PONG).early:
+            car.replies.append((math.inf, more))        # late, or double
+        car.send(GOODBYE).close()
+    return report(city, cars, seconds)
+
+
+def report(city, cars, seconds):
+    times = {fared: [] for fared in FARED}
+    offers = collections.Counter()
+    for car in cars:
+        times[car.fared()] += [took for took, _ in car.replies[:1]] or [0]
+        offers.update(reply["station"] for _, reply in car.replies)
+    for name in city.stations():        # a spot that was promised twice
+        times["double"] += [0] * (offers[name] - city.places[name]["spots"])
+    print(f"{'':24}{'cars':>6}{'median':>12}{'99 %':>12}{'slowest':>12}")
+    for fared, ms in times.items():
+        ms.sort()
+        line = f"{fared:24}{len(ms):6}"
+        if any(ms):
+            for at in len(ms) // 2, len(ms) * 99 // 100, -1:
+                line += f"{ms[at]:9.1f} ms"
+        print(line)
+    count = len(cars) - len(times["missing"])
+    print(f"{count} replies in {seconds:.2f} s: {count / seconds:.0f} a second")
+    return int(any(times[fared] for fared in ("late", "missing", "double")))
+
+
+def run_rush(city, count):
     """Returns the exit status."""
-    cloud_server.KEY = EV_KEY
     cloud_server.raise_file_limit()
     try:
-        cloud_server.check_key()
-        return Rush(ring.load(config), count).run()
-    except ring.Invalid as fault:
-        cloud_server.give_up(fault)
+        return rush(city, count)
     except OSError as fault:
         print(f"rush hour needs a city that runs: {fault}")
         return 1
@@ -764,32 +749,34 @@ def changed(value, path, new):
 
 class Ring(Story):
     """ring.py: the circular list, the walk, servers.json, and the roads."""
-    FILE = describe(P1=2, P3=1)
+    FILE = describe(P1=2, P3=1) | {"places": describe(P1=2)["places"], "roads": []}
     WALKS = """
-        b | d,a | 0   | c:1.5 d:1.5       | the first that says yes
-        a |     | 0   | b:1.5 c:1.5 d:1.5 | round to the one before the first
-        b |     | 1.5 | c:1.5 d:1.5 a:0.5 | three that hang
-        b |     | 3.5 | c:1.5             | no time is left
+        b | da | 0   | c:1.5 d:1.5       | the first that says yes
+        a |    | 0   | b:1.5 c:1.5 d:1.5 | round to the one before the first
+        b |    | 1.5 | c:1.5 d:1.5 a:0.5 | three that hang
+        b |    | 3.5 | c:1.5             | no time is left
         """
+    MAP = json.loads("""{
+        "places": {"A": {"at": [0, 0]}, "B": {"at": [3, 0]}, "C": {"at": [0, 1]},
+                   "D": {"at": [4, 0]}, "E": {"at": [9, 9]}},
+        "roads": [["A", "C"], ["B", "D"], ["C", "D"], ["B", "A"]]}""")
     MISTAKES = """
-        cloud               | gone             | no cloud
-        cloud.host          | "a..b"           | not a host name
-        cloud.port          | 65536            | not a port
-        brokers             | []               | no brokers
-        brokers.1.mqtt      | "1883"           | a port as a text
-        brokers.1.name      | "a+"             | a name that is a wildcard
-        brokers.1.name      | "server1"        | a broker given twice
-        brokers.1.name      | "A"              | a broker and a place of one name
-        places              | {}               | no places
-        places.P1.broker    | "server9"        | an unknown broker
-        places.P1.spots     | 0                | a station without a spot
-        places.P1.spots     | 201              | too many spots
-        places.A.at         | [1, 2, 3]        | three coordinates
-        places.A.at.0       | Infinity         | a place infinitely far away
-        places.A.at.0       | true             | what Python takes for 1
-        roads.0             | ["A", "Z"]       | a road to nowhere
-        roads.0             | ["A", "A"]       | a road from a place to itself
-        roads.0             | ["A", "P1", "C"] | a road of three ends
+        cloud            | gone             | no cloud
+        cloud.host       | "a..b"           | not a host name
+        cloud.port       | 65536            | not a port
+        brokers          | []               | no brokers
+        brokers.1.mqtt   | "1883"           | a port as a text
+        brokers.1.name   | "server1"        | a broker given twice
+        places           | {}               | no places
+        places.server1   | {"at": [0, 0], "broker": "server1"} | a broker's name
+        places.P1.broker | "server9"        | an unknown broker
+        places.P1.spots  | 0                | a station without a spot
+        places.P1.spots  | 201              | too many spots
+        places.A.at      | [1, 2, 3]        | three coordinates
+        places.A.at.0    | Infinity         | a place infinitely far away
+        roads            | [["A", "Z"]]     | a road to nowhere
+        roads            | [["A", "A"]]     | a road from a place to itself
+        roads            | [["A", "P1", "A"]] | a road of three ends
         """
     TWICE = json.dumps(FILE)[:-1].encode() + b', "roads": []}'     # a key
     TEXTS = b"{", b"\xff", b"[" * 20_000, b"9" * 5_000, TWICE
@@ -798,17 +785,17 @@ class Ring(Story):
         broker.py --config none.json                 | ""       | none.json: .*No such
         broker.py --config city.json server1 server9 | ""       | city.json: .*server9
         station.py --config city.json A              | ""       | 'A'
+        station.py --config bare.json                | ""       | no station
         car.py --config city.json --at Z             | ""       | 'Z'
         car.py --config city.json a/b                | ""       | a/b
         car.py --config city.json P1                 | ""       | P1
-        test_system.py --rush 9 --config bad.json    | ""       | bad.json
+        test_system.py --config bad.json             | ""       | bad.json
         station.py                                   | "\udcff" | EV_KEY is not UTF-8
         car.py                                       | "\t "    | EV_KEY
         """
 
     def test_a_walk_asks_everybody_else_once_until_one_says_yes(self):
-        """From where, who says yes, how long each takes | who is asked, how patiently
-        """
+        """From where, who says yes, how long each takes; who is asked, how long."""
         self.has_clock(ring)
         circle = ring.Ring()
         for name in "abcd":
@@ -820,34 +807,24 @@ class Ring(Story):
                 if node.name in yes:
                     break
                 self.clock.now += float(seconds)
-            with self.subTest(why):
-                self.assertEqual(" ".join(asked), expected)
+            self.assertEqual(" ".join(asked), expected, why)
 
     def test_the_shortest_way_by_road(self):
         """From A to D over B, though C is nearer to A."""
-        at = {"A": [0, 0], "B": [3, 0], "C": [0, 1], "D": [4, 0], "E": [9, 9]}
-        city = ring.City(self.FILE | {
-            "places": {name: {"at": at[name], "broker": "b"} for name in at},
-            "roads": [["A", "C"], ["B", "D"], ["C", "D"], ["B", "A"]]})
-        self.assertEqual([*map(tuple, city.ways("A").values())], [
-            (0, ["A"]), (1, ["A", "C"]), (3, ["A", "B"]), (4, ["A", "B", "D"])])
+        ways = ring.City(self.FILE | self.MAP).ways("A")
+        self.assertEqual([f"{way.km:g} {'-'.join(way.route)}" for way in ways.values()],
+                         ["0 A", "1 A-C", "3 A-B", "4 A-B-D"])
 
     def test_servers_json(self):
+        texts = [json.dumps(changed(self.FILE, where, new)).encode()
+                 for where, new, _ in rows(self.MISTAKES)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "city.json")
             path.write_text(json.dumps(self.FILE))
-            city = ring.load(path)
-            second = city.broker_of("P3")
-            self.assertIs(second, city.ring.find("server1").next)
-            self.assertEqual((second.mqtt, second.http, second.address, city.cloud),
-                             (5004, 5005, ("127.0.0.1", 5006), ("127.0.0.1", 5000)))
-            self.assertEqual(city.stations("server1"), ["P1"])
-            texts = [json.dumps(changed(self.FILE, where, new)).encode()
-                     for where, new, _ in rows(self.MISTAKES)]
+            self.assertEqual(ring.load(path).stations("server1"), ["P1"])
             for text in *texts, *self.TEXTS:
                 path.write_bytes(text)
-                with self.subTest(text), self.assertRaisesRegex(
-                        ring.Invalid, rf"\A{path}: .*\Z"):
+                with self.assertRaisesRegex(ring.Invalid, rf"\A{path}: .*\Z", msg=text):
                     ring.load(path)
 
     def test_each_script_ends_with_one_line(self):
@@ -855,14 +832,15 @@ class Ring(Story):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "bad.json").write_text("{}")
             Path(folder, "city.json").write_text(json.dumps(self.FILE))
+            bare = changed(self.FILE, "places.P1", "gone")
+            Path(folder, "bare.json").write_text(json.dumps(bare))
             for words, key, fault in rows(self.SCRIPTS):
                 script, *options = words.split()
                 end = subprocess.run(
                     [sys.executable, HERE / script, *options], text=True, cwd=folder,
                     capture_output=True, env=os.environ | {"EV_KEY": json.loads(key)})
-                with self.subTest(words):
-                    self.assertEqual((end.returncode, end.stdout), (2, ""))
-                    self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
+                self.assertEqual((end.returncode, end.stdout), (2, ""), words)
+                self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
 
 
 class Shapes(Story):
@@ -887,6 +865,7 @@ class Shapes(Story):
         request.id    | "\ud800"        | half a character (a lone surrogate)
         request.id    | gone            | no id
         request.car   | "a/b"           | a name that would be two levels of a topic
+        request.car   | "a+"            | a name that is a wildcard
         request.car   | ["a"]           | a list, which cannot be a key
         request.range | -1              | less than nothing
         request.range | NaN             | a number that is none
@@ -916,18 +895,19 @@ class Shapes(Story):
         for path, new, why in rows(self.MISTAKES):
             name, _, _ = path.partition(".")
             bad = changed(self.GOOD, path, new)[name]
-            with self.subTest(why), self.assertRaisesRegex(ring.Invalid, rf"\A{name}"):
+            with self.assertRaisesRegex(ring.Invalid, rf"\A{name}", msg=why):
                 ring.fit(self.SHAPES[name], bad, name)
         for kind, longest in (ring.NAME, 64), (ring.ID, 64), (station.CLAIM_ID, 200):
-            self.assertTrue(kind.holds("n" * longest) > kind.holds("n" * (longest + 1)))
+            assert kind.holds("n" * longest) > kind.holds("n" * (longest + 1))
 
     def test_a_reply_is_to_this_request_and_of_this_map(self):
         city = ring.City(describe(P1=1))
         good = self.GOOD["offer"]
         self.assertEqual(cloud_server.read_reply(city, good, "a-1"), good)
-        for key, wrong in rows("id|a-2 \n station|P2 \n broker|x"):
-            with self.subTest(key), self.assertRaises(ring.Invalid):
-                cloud_server.read_reply(city, good | {key: wrong}, "a-1")
+        wrong = {"id": "a-2", "station": "P2", "broker": "x", "route": ["A", "Z"]}
+        for key, value in wrong.items():
+            with self.assertRaises(ring.Invalid, msg=key):
+                cloud_server.read_reply(city, good | {key: value}, "a-1")
 
 
 class Asking(Story):
@@ -944,45 +924,41 @@ class Asking(Story):
             breaker.failed("x")
             breaker.failed("x")     # others waited for it, too: that was one time
             self.clock.now += seconds - 0.25
-            self.assertTrue(breaker.is_open("x"))
+            assert breaker.is_open("x")
             self.clock.now += 0.25
-            self.assertFalse(breaker.is_open("x"))
+            assert not breaker.is_open("x")
 
     def test_nine_brokers_of_which_seven_hang(self):
         """Who hangs hides no spot: the ninth is found by the fifth try."""
         self.has_clock(cloud_server, ring)
-        file = describe(P1=1)
-        file["brokers"] = [file["brokers"][0] | {"name": f"b{n}", "tcp": n}
-                           for n in range(1, 10)]
-        file["places"]["P1"]["broker"] = "b9"
-        city = ring.City(file)
-        request = Shapes.GOOD["request"]
+        circle = ring.Ring()
+        for n in range(1, 10):
+            circle.append(ring.Broker(f"b{n}", "localhost", 1, 2, n))
 
         def exchange(address, question, seconds):
             self.clock.now += 0.001
             if address[1] == 9:
-                return json.dumps(Shapes.GOOD["offer"] | {"broker": "b9"}).encode()
+                return json.dumps(Shapes.GOOD["offer"]).encode()
             self.clock.now += seconds
             raise TimeoutError
         caller = cloud_server.Caller()
         caller.exchange = exchange
         for asked in "b2 b3 b4", "b5 b6 b7", "b2 b3 b4", "b5 b6 b7", "b8 b9":
-            reply = cloud_server.search(city, request, city.ring.find("b1"), caller,
-                                        mock.Mock())
+            reply = cloud_server.search(
+                ring.City(describe(P1=1)), Shapes.GOOD["request"], circle.find("b1"),
+                caller, mock.Mock())
             self.assertEqual(" ".join(reply["asked"]), asked)
             self.clock.now += 5
-        self.assertEqual(reply["station"], "P1")
+        assert reply["station"] == "P1"
 
     def test_a_connection_is_kept_and_replaced_when_it_was_closed(self):
         """Two questions on the first one; it is closed, so there is a second one."""
         def serve():
             for questions in 2, 1:
                 connection, _ = server.accept()
-                stream = connection.makefile("rwb", buffering=0)
                 for _ in range(questions):
-                    stream.readline()
-                    stream.write(b"{}\n")
-                stream.close()
+                    connection.recv(99)
+                    connection.sendall(b"{}\n")
                 connection.close()
         caller = cloud_server.Caller()
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -999,11 +975,11 @@ class Asking(Story):
             hung.bind(("127.0.0.1", 0))
             address = hung.getsockname()
             for seconds, why in (1, "refused"), (0.3, "no answer"), (0.5, "no answer"):
-                self.assertFalse(caller.breaker.is_open(address))
+                assert not caller.breaker.is_open(address)
                 with self.assertRaisesRegex(cloud_server.NoAnswer, why):
                     caller.ask(address, {}, seconds)
                 hung.listen()
-        self.assertTrue(caller.breaker.is_open(address))
+        assert caller.breaker.is_open(address)
 
 
 # ======================================================================================
@@ -1051,17 +1027,23 @@ class Simulation(Story):
     What anybody says is noted in short: `claim:P5:held` of a car, `state:ann-held` or
     `state:empty` of a station.
     """
-    SHORT = "at", "use", "doing", "station", "reason", "ok", "cars"
+    TELLING = "cars", "station", "reason", "use", "ok", "at"
 
-    def begins(self, file):
+    def begins(self, moved={}, **spots):
+        file = describe(**spots)
+        for place, at in moved.items():
+            file["places"][place]["at"] = at
         self.map = ring.City(file)
         self.down = set()       # brokers that do not run
+        self.comes_back = self.down.remove
         self.frozen = set()     # stations and cars that hang
-        self.said = []          # (who, what, how many s after a car has last set out)
+        self.freezes = self.frozen.add
+        self.thaws = self.frozen.remove
+        self.said = collections.defaultdict(list)   # by whom: (what, how many s after
+        self.began = 0.0                            # a car has last set out)
         self.ids = []           # of the claims by a fog node
         self.parts = {}
         self.fogs = {}
-        self.began = 0.0
         self.has_clock(station, car, cloud_server)
         self.patch(station, "sleep", self.clock.wait)
         self.patch(station, "mqtt_client",
@@ -1069,6 +1051,7 @@ class Simulation(Story):
         self.patch(broker, "crew", lambda size: self)
         self.clock.run(self.serve)
         self.clock.wait(0.1)
+        self.fog = self.fogs["server1"]
         self.addCleanup(self.end)
 
     def serve(self):
@@ -1107,59 +1090,49 @@ class Simulation(Story):
         self.loop.call_soon(self.server.publish, *message)
 
     def deliver(self, message, qos):
-        _, _, who, verb, *place = message.topic.split("/")
-        about = json.loads(message.payload or '{"doing": "gone"}')
+        _, _, who, *what = message.topic.split("/")
+        about = json.loads(message.payload or '{"ok": "gone"}')
         if not isinstance(about, dict):
             about = {"ok": about}
-        words = [verb, *place]
-        for key in self.SHORT:
-            value = about.get(key)
-            if key == "cars" in about:
+        found = [about[key] for key in self.TELLING if about.get(key) is not None]
+        for value in found[:1]:
+            if isinstance(value, dict):
                 value = "+".join(map("-".join, value.items())) or "empty"
-            if value not in (None, who):
-                words.append(str(value).replace(" ", "."))
-        self.said.append((who, ":".join(words), round(self.clock.now - self.began)))
-        if verb == "reply":
+            what.append(str(value).replace(" ", "."))
+        self.said[who].append((":".join(what), round(self.clock.now - self.began)))
+        if what[0] == "reply":
             self.reply = about
-        if verb == "claim" and "id" in about:
+        if what[0] == "claim" and "id" in about:
             self.ids.append(about["id"])
 
     # --- the verbs of the stories
 
-    def act(self, who, verb, plain, named):
-        getattr(self, verb)(who, *plain, **named)
-
-    def passes(self, time, seconds):
+    def waits(self, who, seconds):
+        """And all others, too."""
         self.clock.wait(float(seconds))
 
-    def says(self, who, *expected):
-        """Just that, of these verbs, and in this order; with @, in these seconds; no:
-        before a verb: nothing of it."""
+    def says(self, who, *expected, about=""):
+        """Just that, of these verbs, and in this order; with @, in these seconds."""
         self.clock.wait(0.3)
-        verbs = {re.split("[:@]", word.removeprefix("no:"))[0] for word in expected}
-        expected = [word for word in expected if not word.startswith("no:")]
+        verbs = {re.split("[:@]", word)[0] for word in (*expected, about)}
         seconds = collections.defaultdict(list)
         said = []
-        for name, what, second in self.said:
-            if name == who and what.split(":")[0] in verbs:
+        for what, second in self.said.pop(who, []):
+            if what.split(":")[0] in verbs:
                 said.append(what)
                 seconds[what].append(str(second))
         if "@" in str(expected):
             said = [f"{what}@{','.join(seconds[what])}" for what in seconds]
-        self.assertEqual(said, expected)
-        self.said = [words for words in self.said if words[0] != who]
+        self.assertEqual(said, [*expected])
 
     def tells(self, who, verb, value, retain=False):
-        """`who`, a station or car, to anybody: what its broker is to publish."""
-        place = who if who in self.map.places else verb.rpartition("/")[2]
-        node = self.map.broker_of(place if place in self.map.places else "A")
+        """`who`, a station or car, to anybody: what server1 is to publish."""
         kind = "stations" if who in self.map.places else "cars"
-        topic = f"{node.name}/{kind}/{who}/{verb}"
+        topic = f"server1/{kind}/{who}/{verb}"
         self.publish(topic, station.to_json(value), 1, retain)
 
-    def claims(self, car, name, use, id=None, retain=False):
-        claim = {"use": use, "id": id} if id else {"use": use}
-        self.tells(car, f"claim/{name}", claim, retain)
+    def claims(self, car, name, use, retain=False, **id):
+        self.tells(car, f"claim/{name}", {"use": use} | id, retain)
 
     def leaves(self, car, name, retain=False):
         self.tells(car, f"leave/{name}", {}, retain)
@@ -1171,11 +1144,10 @@ class Simulation(Story):
 
     def left(self, name, life, *cars):
         """What the server has of a station: said by itself, or by another one."""
-        state = {"station": name, "spots": 3, "free": 3 - len(cars), "life": 1,
-                 "cars": dict(car.split("-") for car in cars)}
-        if life == "own":
-            state["life"] = self.parts[name].life
-        self.tells(name, "state", state, True)
+        self.tells(name, "state", {
+            "station": name, "spots": 3, "free": 3 - len(cars),
+            "cars": dict(car.split("-") for car in cars),
+            "life": self.parts[name].life if life == "own" else 1}, True)
 
     def is_offline(self, name):
         self.tells(name, "online", False)
@@ -1192,27 +1164,16 @@ class Simulation(Story):
         self.clock.run(self.parts[name].live)
 
     def is_at(self, name, server):
-        self.assertEqual(self.parts[name].broker.name, server)
-
-    def freezes(self, name):
-        self.frozen.add(name)
-
-    def thaws(self, name):
-        self.frozen.remove(name)
+        assert self.parts[name].broker.name == server
 
     def dies(self, name):
         """A broker, with all that it keeps."""
         self.down.add(name)
-        for topic in [*self.server.retained]:
-            if topic.startswith(name):
-                self.publish(topic, b"", 0, True)
-
-    def comes_back(self, name):
-        self.down.remove(name)
+        self.server.retained.clear()
 
     def is_cut_off(self, name):
         """For a moment, from a broker that forgets nothing."""
-        self.down.add(self.map.broker_of(name).name)
+        self.down.add("server1")
         self.clock.wait(0.2)
         self.down.clear()
         self.clock.wait(1.5)
@@ -1222,20 +1183,20 @@ class TheStation(Simulation):
     """station.py: its two spots, its leases and its memory."""
 
     def setUp(self):
-        self.begins(describe(P1=2))
+        self.begins(P1=2)
 
     def test_take_renew_refuse(self):
         self.plays("""
             P1 starts; says mark state:empty online:True
-            ann claims P1 held a-1@server1-9
+            ann claims P1 held id=a-1@server1-9
             P1 says state:ann-held answer:True
             ann claims P1 charging
-            ann claims P1 held a-2@server1-9    # it comes late: who charges goes on
+            ann claims P1 held id=a-2@server1-9     # it comes late: who charges goes on
             P1 says state:ann-charging answer:True
             bob claims P1 held
-            bob claims P1 held                  # nothing new, so nothing to say
+            bob claims P1 held                      # nothing new, so nothing to say
             P1 says state:ann-charging+bob-held
-            cid claims P1 held c-1@server1-9
+            cid claims P1 held id=c-1@server1-9
             P1 says state:ann-charging+bob-held answer:False
             ann leaves P1
             cid claims P1 charging
@@ -1245,50 +1206,37 @@ class TheStation(Simulation):
         """What is only repeated (retained), and what is invalid."""
         self.claims("ann", "P1", "held", retain=True)
         self.leaves("bob", "P1", retain=True)
-        self.plays("P1 starts; has \n bob claims P1 held \n P1 has bob-held")
-        self.plays("P1 is_cut_off; has bob-held")
-        self.claims("e\u200be", "P1", "held")           # no name: it is not printable
-        self.claims("eve", "P1", "free")
-        self.claims("eve", "P1", "held", id="i" * 201)
+        self.plays(f"""
+            P1 starts; has
+            cid leaves P1
+            bob claims P1 held
+            P1 has bob-held; is_cut_off; has bob-held
+            eve claims P1 free
+            eve claims P1 held id={'i' * 201}
+            e\u200be claims P1 held; waits 0.3      # no name: it is not printable""")
+        assert [*self.parts["P1"].cars] == ["bob"]
+        assert "server1/stations/P1/online" in self.server.retained
         bad = station.paho.MQTTMessage(topic=b"\xff")
         with self.assertRaises(ValueError):     # which paho's loop passes on
             self.parts["P1"].take_in(None, None, bad)
-        self.plays("P1 has bob-held")
 
     def test_a_lease_ends_by_itself(self):
         """15 s after the last claim; but not while the station is cut off: then all
-        begin anew when its mark is back, not before."""
+        begin anew when its mark is back, not before. Nor does a freeze end one:
+        whoever claimed meanwhile is yet to be heard."""
         self.plays("""
             P1 starts
-            ann claims P1 held
-            time passes 10
-            bob claims P1 charging
-            time passes 4
-            P1 has ann-held bob-charging
-            time passes 0.8
+            ann claims P1 held; waits 10
+            bob claims P1 charging; waits 4
+            P1 has ann-held bob-charging; waits 0.8; has bob-charging
+            bob claims P1 held; waits 14
             P1 has bob-charging
-            bob claims P1 held
-            time passes 14
-            P1 has bob-charging
-            server1 dies
-            time passes 100
-            server1 comes_back
-            time passes 14
-            P1 has bob-charging
-            time passes 2
-            P1 has""")
-
-    def test_a_freeze_ends_no_lease(self):
-        """Whoever claimed meanwhile is yet to be heard."""
-        self.plays("""
-            P1 starts
+            server1 dies; waits 100; comes_back; waits 14
+            ann claims P1 charging
+            P1 has bob-charging ann-charging; freezes; waits 20
             ann claims P1 held
             bob claims P1 held
-            P1 says state:empty state:ann-held state:ann-held+bob-held; freezes
-            time passes 20
-            ann claims P1 held
-            bob claims P1 held
-            P1 thaws; says no:state; has ann-held bob-held""")
+            P1 thaws; waits 14; has bob-charging ann-charging; waits 2; has""")
 
     def test_it_remembers(self):
         """Once, with whole leases, and no more cars than it has spots. And the one that
@@ -1296,13 +1244,12 @@ class TheStation(Simulation):
         self.plays("""
             P1 left another bob-charging cid-charging dan-held
             P1 starts; has bob-charging cid-charging; says mark
-            time passes 13
-            P1 has bob-charging cid-charging
+            P1 waits 13; has bob-charging cid-charging
             bob leaves P1
             P1 has cid-charging; left own ann-held bob-charging
             P1 is_cut_off; has cid-charging; left another ann-held; says mark
-            P1 is_cut_off; says mark""")
-        self.assertIsNone(self.parts["P1"].mqtt)
+            P1 is_cut_off; says mark about=online""")
+        assert self.parts["P1"].mqtt is None
         unlucky = station.Station("P1", self.map, 15)
         for cars in {"ann": "held", "bob": "held"}, {"cid": "held", "dan": "held"}:
             unlucky.remember({"cars": cars})            # and cut off before its mark
@@ -1315,24 +1262,21 @@ class TheStation(Simulation):
         for n in range(200):
             crowded.claim("\U0001f697" * 61 + f"{n:03}", {"use": "charging"})
         _, state = crowded.publish.call_args.args
-        self.assertEqual(state["free"], 0)
-        self.assertLess(len(station.to_json(state)), 65_000)
+        assert state["free"] == 0 and len(station.to_json(state)) < 65_000
 
 
 class TheCar(Simulation):
     """car.py: what it decides, and in which second."""
 
     def setUp(self):
-        self.begins(describe(P1=1, P3=1, P6=1))
+        self.begins(P1=1, P3=1, P6=1)
 
     def test_it_asks_at_places_only(self):
         """Below 25 %, or where the next road is longer than it can drive. Even a name
         of 64 characters leaves room for its request's id."""
         self.patch(car.random, "choice", lambda roads: roads[-1])
-        file = describe(P1=1, P3=1, P6=1)
-        file["places"]["P6"]["at"] = [40, 0]            # 30 km from E, its only road
-        file["places"]["P3"]["at"] = [70, 0]            # too far even for a full one
-        self.begins(file)
+        far = {"P6": [40, 0], "P3": [70, 0]}    # 30 km from E; and too far for any car
+        self.begins(far, P1=1, P3=1, P6=1)
         long = "n" * 64
         self.plays(f"""
             {long} drives battery=24
@@ -1343,19 +1287,16 @@ class TheCar(Simulation):
             zoe drives battery=25.5 speed=0.6
             {long} says request:A reply:full
             far says request:P6
-            ann says no:request
-            bob says no:request
-            max says no:request
-            zoe says no:request
-            time passes 9
-            zoe says request:C""")
+            ann says about=request
+            bob says about=request
+            max says about=request
+            zoe says about=request; waits 9; says request:C""")
 
     def test_it_claims_every_third_of_a_lease(self):
         """Held while it drives; charging, and at once, when it is there."""
         self.plays("""
             P6 starts lease=6
-            zoe drives at=E speed=0.4 charges=1
-            time passes 24
+            zoe drives at=E speed=0.4 charges=1; waits 24
             zoe says request:E@0 claim:P6:held@0,2,4,6,8,10 \
                 claim:P6:charging@10,12,14,16,18 leave:P6@19""")
         last = self.server.retained["server3/cars/zoe/state"]
@@ -1365,44 +1306,28 @@ class TheCar(Simulation):
         """Not shown for 3 s it asks anew, whatever its battery; refused, it waits."""
         self.plays("""
             P1 starts
-            zoe drives
-            time passes 0.5
-            P1 freezes
-            time passes 12
+            zoe drives; waits 0.5
+            P1 freezes; waits 12
             zoe says request:A@0 claim:P1:held@0,4 claim:P1:charging@1,2,3,4 \
                 leave:P1@4 request:P1@4,10""")
 
     def test_frozen_for_longer_than_a_lease_it_has_not_charged(self):
         self.plays("""
             P1 starts lease=6
-            zoe drives battery=5
-            time passes 3
-            zoe freezes
-            server1 dies
-            time passes 20
-            zoe thaws
-            time passes 0.5""")
-        self.assertLess(self.parts["zoe"].battery, 50)
+            zoe drives battery=5; waits 3; freezes
+            server1 dies; waits 20
+            zoe thaws; waits 0.5""")
+        assert self.parts["zoe"].battery < 50
 
     def test_a_broker_away_costs_no_spot_within_a_lease(self):
         """On its way, as it arrives, or as it charges: it goes on, and claims when the
         broker is back."""
         self.plays("""
             P6 starts
-            zoe drives at=E speed=0.4 charges=1
-            time passes 3
-            server3 dies
-            time passes 4
-            server3 comes_back
-            time passes 2
-            server3 dies
-            time passes 5
-            server3 comes_back
-            time passes 2
-            server3 dies
-            time passes 3
-            server3 comes_back
-            time passes 10
+            zoe drives at=E speed=0.4 charges=1; waits 3
+            server3 dies; waits 4; comes_back; waits 2
+            server3 dies; waits 5; comes_back; waits 2
+            server3 dies; waits 3; comes_back; waits 10
             zoe says request:E@0 claim:P6:held@0,7 claim:P6:charging@14,15,19 \
                 leave:P6@24""")
 
@@ -1410,39 +1335,30 @@ class TheCar(Simulation):
         """A lease after its last claim the car turns elsewhere."""
         self.plays("""
             P6 starts
-            zoe drives at=E speed=0.1
-            time passes 3
-            server3 dies
-            time passes 11
-            zoe is_at server3
-            time passes 5
-            zoe is_at server1""")
+            zoe drives at=E speed=0.1; waits 3
+            server3 dies; waits 11
+            zoe is_at server3; waits 5; is_at server1""")
 
     def test_without_a_spot_it_turns_to_the_next_broker(self):
         """After a second failure, or without a reply for 10 s."""
-        self.plays("server1 dies \n zoe drives")
         self.fogs["server2"].deliver = lambda message, qos: None
         self.plays("""
-            time passes 0.9
-            zoe is_at server1
-            time passes 9
-            zoe says request:A@1; is_at server2
-            time passes 2
-            zoe says request:A@11; is_at server3""")
+            server1 dies
+            zoe drives; waits 0.9; is_at server1
+            zoe waits 9; says request:A@1; is_at server2
+            zoe waits 2; says request:A@11; is_at server3""")
 
     def test_it_asks_again_where_there_is_no_other_broker(self):
-        self.begins(describe(P1=1))
-        self.fogs["server1"].deliver = lambda message, qos: None
-        self.plays("zoe drives \n time passes 21 \n zoe says request:A@0,10,20")
+        self.begins(P1=1)
+        self.fog.deliver = lambda message, qos: None
+        self.plays("zoe drives; waits 21; says request:A@0,10,20")
 
     def test_it_connects_where_it_is(self):
         """In another region to another broker; the old one is told to forget it."""
         self.patch(car.random, "choice", lambda roads: roads[-1])
-        self.plays("zoe drives battery=90 speed=2 \n time passes 5.5")
-        states = dict.fromkeys(what for _, what, _ in self.said if "state" in what)
-        self.assertEqual([*states], [
-            "state:A:driving", "state:gone", "state:C:driving", "state:E:driving"])
-        self.is_at("zoe", "server3")
+        self.plays("zoe drives battery=90 speed=2; waits 5.5; is_at server3")
+        states = dict.fromkeys(what for what, _ in self.said["zoe"] if "state" in what)
+        self.assertEqual(" ".join(states), "state:A state:gone state:C state:E")
 
 
 class TheFog(Simulation):
@@ -1450,7 +1366,9 @@ class TheFog(Simulation):
 
     `ann finds P2 P1 P2`: she is offered P2, after claims at P1 and P2.
     """
+    YES = {"id": "x", "car": "ann", "ok": True, "lease": 15}
     INVALID = """
+        cars/dan/request   | {"id": "d-1", "at": "A", "range": 5}
         stations/P1/state  | {"station": "P2", "spots":1, "free":1, "cars":{}, "life":1}
         stations/P1/state  | {"station": "P1", "spots":1, "free":2, "cars":{}, "life":1}
         stations/P9/online | true
@@ -1458,31 +1376,29 @@ class TheFog(Simulation):
         stations/P1/online | {
         stations/P1/answer | {"id": "x", "car": "ann", "ok": true}
         cars/ann/state     | {"car": "bob", "at": "A", "battery": 5, "doing": "going"}
-        cars/ann/state     | {"car": "ann", "at": "Z", "battery": 5, "doing": "going"}
+        cars/eve/state     | {"car": "eve", "at": "Z", "battery": 5, "doing": "going"}
+        cars/bob/request   | {"id": "b-1", "at": "Z", "range": 5}
+        cars/cid/request   | {"id": 5, "at": "A", "range": 5}
         """
-
-    def begins(self, file):
-        super().begins(file)
-        self.fog = self.fogs["server1"]
 
     def asks(self, car, range=50):
         self.tells(car, "request", {"id": "a-1", "at": "A", "range": float(range)})
 
-    def finds(self, car, found, *claimed, after=0, range=50):
+    def finds(self, car, found, *claimed, after=0.05, range=50):
         self.said.clear()
         self.reply = None
         self.asks(car, range)
-        self.clock.wait(max(0, float(after) - 0.05))
-        self.assertIsNone(self.reply)
+        self.clock.wait(float(after) - 0.05)
+        assert self.reply is None
         self.clock.wait(0.45)
         self.assertEqual(self.reply["station"] or self.reply["reason"], found)
-        said = [what.split(":")[1] for _, what, _ in self.said if "claim" in what]
+        said = [what.split(":")[1] for what, _ in self.said[car] if "claim" in what]
         self.assertEqual(said, [*claimed])
 
     def test_which_station(self):
         """The nearest first, but before it the one that keeps a spot for this car. Who
         has none is not even asked."""
-        self.begins(describe(P1=2, P2=2, P3=1))
+        self.begins(P1=2, P2=2, P3=1)
         self.plays("""
             P1 starts
             P2 starts
@@ -1499,60 +1415,49 @@ class TheFog(Simulation):
             bob leaves P1
             bob finds P1 P1
             P2 is_offline
-            dan finds full""")
-        self.assertEqual(self.reply["asked"], ["server1", "server2"])
-        self.asks("fay", range=0.9)
-        self.plays("fay says reply:out.of.range")
-        self.assertEqual(len(self.ids), len(set(self.ids)))
+            dan finds full
+            fay asks range=0.9; says reply:out.of.range""")
+        assert self.reply["asked"] == ["server1"]
+        assert len(self.ids) == len(set(self.ids))
         self.assertRegex(" ".join(self.ids), r"\A(a-1@server1-[0-9a-f]+ ?)*\Z")
 
     def test_two_silent_stations_are_waited_for_and_then_left_out(self):
-        file = describe(P1=2, P2=1, P3=1)
-        file["places"]["P3"]["broker"] = "server1"      # a third one, farther away
-        self.begins(file)
+        self.begins(A=2, P1=1, P2=1)
         self.plays("""
-            P1 starts
+            A starts; freezes
+            P1 starts; freezes
             P2 starts
-            P3 starts
-            P1 freezes
-            P2 freezes
-            ann finds full P1 P2 after=1
-            ann finds P3 P3
-            P1 thaws; has ann-held              # whoever speaks is asked again
-            bob finds P1 P1
+            ann finds full A P1 after=1
+            ann finds P2 P2
+            A thaws; has ann-held               # whoever speaks is asked again
+            bob finds A A
             cid finds full""")
+        assert self.reply["asked"] == ["server1", "server2"]
 
     def test_an_answer_counts_once_and_from_whom_was_asked(self):
-        self.begins(describe(P1=1, P2=1))
-        self.plays("P1 starts; freezes \n ann asks \n time passes 0.1")
-        [claim_id] = self.ids
-        yes = {"id": claim_id, "car": "ann", "ok": True, "lease": 15}
+        self.begins(P1=1, P2=1)
+        self.plays("P1 starts; freezes \n ann asks; waits 0.1")
+        yes = self.YES | {"id": self.ids[0]}
         self.tells("P2", "answer", yes)
-        self.tells("P1", "answer", yes | {"id": claim_id + "0"})
-        self.clock.wait(0.1)
-        self.assertNotIn("reply", str(self.said))
+        self.tells("P1", "answer", self.YES)
+        self.plays("ann says about=reply")
         for ok in True, False, True:
             self.tells("P1", "answer", yes | {"ok": ok})
         self.plays("ann says reply:P1")
-        self.assertEqual(self.fog.answers, {})
 
     def test_sixteen_claims_at_a_time(self):
-        self.begins(describe(P1=200))
+        self.begins(P1=200)
         self.plays("P1 starts; freezes")
         for n in range(40):
             self.asks(f"c{n}")
         self.clock.wait(0.1)
-        self.assertEqual(len(self.ids), 16)
-        yes = {"id": self.ids[0], "car": "c0", "ok": True, "lease": 15}
-        self.tells("P1", "answer", yes)
-        self.clock.wait(0.1)
-        self.assertEqual(len(self.ids), 17)
+        assert len(self.ids) == 16
         self.clock.wait(2)
         self.assertEqual((self.fog.answers, self.fog.under_way), ({}, 0))
 
     def test_a_request_has_its_time(self):
         """And then its car is told to wait; beyond 2,000 that is told at once."""
-        self.begins(describe(P1=2))
+        self.begins(P1=2)
         self.submit = lambda *request: concurrent.futures.Future()      # nobody walks
         self.plays("ann finds full after=8.7 \n P1 starts")
         for under_way, found in (1_999, "P1 P1"), (2_000, "full"):
@@ -1561,32 +1466,29 @@ class TheFog(Simulation):
         self.assertEqual(self.fog.requests, {"local": 1, "ring": 0, "refused": 2})
 
     def test_what_is_invalid_or_only_repeated(self):
-        self.begins(describe(P1=1))
+        """(dan's request is retained.)"""
+        self.begins(P1=1)
         table = self.fog.states, self.fog.online, self.fog.cars
-        before = copy.deepcopy(table)
-        request = '{"id": "a-1", "at": "A", "range": 5}'
-        for topic, text, retain in (
-                *[[*row, False] for row in rows(self.INVALID)],
-                ("cars/ann/request", request, True),
-                ("cars/bob/request", request.replace("A", "Z"), False),
-                ("cars/cid/request", request.replace('"a-1"', "5"), False)):
-            message = broker.Message(f"server1/{topic}", text.encode(), 1, retain)
+        before = str(table)
+        for topic, text in rows(self.INVALID):
+            topic = f"server1/{topic}"
+            message = broker.Message(topic, text.encode(), 1, "dan" in topic)
             self.loop.call_soon(self.fog.deliver, message, 1)
         self.clock.wait(0.1)
-        self.assertEqual(table, before)
-        self.assertEqual([who for who, what, _ in self.said if "reply" in what],
-                         ["bob", "cid"])
-        self.assertIsNone(self.reply["id"])
+        self.assertEqual(str(table), before)
+        replies = [who for who in self.said if "reply" in str(self.said[who])]
+        self.assertEqual(replies, ["bob", "cid"])
+        assert self.reply["id"] is None
 
     def test_the_cars_that_it_remembers(self):
-        self.begins(describe(P1=1))
+        self.begins(P1=1)
         self.patch(broker, "REMEMBERED", 3)
         for name in "c0", "c1", "c2", "c0", "c3":
             state = {"car": name, "at": "A", "battery": 5, "doing": "going"}
             self.tells(name, "state", state)
         self.tells("c0", "state", None)
         self.clock.wait(0.1)
-        self.assertEqual([*self.fog.cars], ["c2", "c3"])
+        assert [*self.fog.cars] == ["c2", "c3"]
 
 
 class Topics(Story):
@@ -1605,27 +1507,27 @@ class Topics(Story):
         """
 
     def test_the_filters_that_match(self):
-        """[MQTT-4.7] Before and after others have come and gone."""
+        """[MQTT-4.7] Each subscriber once, with the highest QoS of its filters."""
         for topic, good, bad in rows(self.MATCHES):
             tree = broker.TopicTree()
-            for name in good.split() + bad.split():
-                tree.add(name, "all", 0)
-                tree.add(name, name, 1)
+            added = [(name, who) for name in good.split() + bad.split()
+                     for who in (name, "all")]
+            for name, who in added:
+                tree.add(name, who, 1)
             tree.add(topic, "all", 2)
-            found = {"all": 2} | dict.fromkeys(good.split(), 1)
-            self.assertEqual(tree.match(topic), found)
-            for name in good.split() + bad.split():
-                tree.remove(name, name)
-                tree.remove(name, "all")
-            self.assertEqual(tree.subscribers, {})
-            self.assertEqual(tree.tree._root._children, {})     # no memory is lost
+            expected = dict.fromkeys(good.split(), 1) | {"all": 2}
+            self.assertEqual(tree.match(topic), expected)
+            for name, who in added:
+                tree.remove(name, who)
+            assert not tree.subscribers
+            assert not tree.tree._root._children        # no memory is lost
 
     def test_who_may_publish(self):
         """As itself below a broker's name; anybody elsewhere."""
         for name, good, bad in rows(self.SPEAKERS):
             for topic in good.split() + bad.split():
                 may = broker.may_publish(name, topic, {"server1", "server2"})
-                self.assertEqual(may, topic in good.split(), topic)
+                assert may == (topic in good.split()), topic
 
 
 # ======================================================================================
@@ -1633,7 +1535,8 @@ class Topics(Story):
 # ======================================================================================
 
 class Packets(unittest.IsolatedAsyncioTestCase):
-    """broker.py: each mistake closes the connection, and is answered with nothing.
+    """broker.py: each mistake closes the connection, and is answered with nothing, or
+    with what stands in a column between.
 
     How to read a packet: "text" stands for its length in two bytes and itself, - for
     the length of the rest; all other bytes are hexadecimal.
@@ -1656,6 +1559,9 @@ class Packets(unittest.IsolatedAsyncioTestCase):
         10 - "MQTT" 04 02 00 00             | no client id [MQTT-3.1.3-3]
         10 - "MQTT" 04 02 00 00 00 01 ff    | a client id that is not UTF-8 [-3.1.3-4]
         10 81 80 04                         | more than 64 KiB, said in the header
+        10 - "MQTT" 03 02 00 00 "" | 20 02 00 01 | another version [MQTT-3.1.2-2]
+        10 - "MQTT" 04 00 00 00 "" | 20 02 00 02 | a session of nobody [MQTT-3.1.3-8]
+        10 - "MQTT" 04 06 00 00 "eve" "server1/cars/ben/x" "" | 20 02 00 05 | another's
         """
     PACKETS = """
         10 - "MQTT" 04 02 00 00 "x"     | a second CONNECT [MQTT-3.1.0-2]
@@ -1690,30 +1596,31 @@ class Packets(unittest.IsolatedAsyncioTestCase):
         """
 
     def parse(self, words):
-        parts = []
-        for word in re.findall(r'"[^"]*"|\S+', words):
-            if word.startswith('"'):
-                parts.append(encode(0, 0, word[1:-1])[2:])
-            else:
-                parts.append(word.encode() if word == "-" else bytes.fromhex(word))
-        if b"-" in parts:
-            at = parts.index(b"-")
-            parts[at] = bytes([sum(map(len, parts[at + 1:]))])
-        return b"".join(parts)
+        digits = re.sub(r'"(.*?)"', lambda text: encode(0, 0, text[1])[2:].hex(), words)
+        head, dash, rest = digits.partition("-")
+        rest = bytes.fromhex(rest)
+        return bytes.fromhex(head) + bytes([len(rest)] * len(dash)) + rest
 
     async def test_what_is_not_well_formed(self):
         server = broker.MqttServer({"server1"}, set(), mock.Mock())
         for first, table in (b"", self.CONNECTS), (connect("eve"), self.PACKETS):
-            for words, why in rows(table):
+            for words, *answer, why in rows(table):
                 client = join(server, first)
                 client.flush()
                 client.transport.write.reset_mock()
                 if first:
                     client.session.keep(7, broker.Unacked(b"2", PUBACK))
                 client.data_received(self.parse(words))
-                with self.subTest(why):
-                    self.assertTrue(client.is_closed)
-                    client.transport.write.assert_not_called()
+                said = [call.args for call in client.transport.write.call_args_list]
+                assert client.is_closed, why
+                self.assertEqual(said, [(self.parse(text),) for text in answer], why)
+
+    def test_all_that_connect_may_say(self):
+        """[MQTT-3.1.3-1] In this order."""
+        hello = connect("ann", "t", "x", "me", "password", flags=0b1110_1100, keep=9)
+        packet = broker.take_packet(bytearray(hello))
+        self.assertEqual(broker.parse_connect(packet), (
+            "ann", False, 9, ("t", b"x", 1, True), "me", b"password"))
 
     def test_each_length_there_and_back(self):
         for size in 0, 127, 128, 16_383, 16_384, cloud_server.LIMIT - 4:
@@ -1724,7 +1631,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
             self.assertEqual((found.kind, found.flags, len(found.rest()), buffer),
                              (PUBLISH, 0, size, b"after"))
             for missing in range(1, min(len(packet), 9)):
-                self.assertIsNone(broker.take_packet(bytearray(packet[:-missing])))
+                assert broker.take_packet(bytearray(packet[:-missing])) is None
 
 
 def join(server, *packets):
@@ -1749,14 +1656,22 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         patch.start()
         self.addCleanup(patch.stop)
 
+    def joins(self, name, *packets, **how):
+        return join(self.server, connect(name, **how), *packets)
+
+    def acknowledges(self, client):
+        """Returns how many messages it had."""
+        ids = [*client.session.unacked]
+        client.data_received(b"".join(ack(PUBACK, id) for id in ids))
+        return len(ids)
+
     async def goes_round(self, times=3):
         for _ in range(times):      # the loop
             await asyncio.sleep(0)
 
     async def test_nothing_more_for_who_is_too_slow(self):
-        """However much comes before the loop comes round to end it. Wills never nest.
-        """
-        slow = [join(self.server, connect(f"c{n}"), subscribe("t")) for n in range(200)]
+        """However much comes before the loop ends it. Wills never nest."""
+        slow = [self.joins(f"c{n}", subscribe("t")) for n in range(200)]
         await self.goes_round()
         for client in slow:
             client.will = broker.Message("t", bytes(60_000))
@@ -1765,53 +1680,53 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         for _ in range(9):
             self.server.publish("t", bytes(60_000))
         await self.goes_round(1_000)
-        self.assertEqual((self.server.connections, self.server.sessions), (set(), {}))
-        self.assertEqual({client.transport.write.call_count for client in slow}, {1})
+        assert not self.server.connections and not self.server.sessions
+        assert {client.transport.write.call_count for client in slow} == {1}
 
     async def test_one_budget_for_what_is_not_acknowledged(self):
         """Beyond it a connected client is dropped, an absent one loses the oldest."""
-        ann = join(self.server, connect("ann"), subscribe("t", qos=1))
-        bob = join(self.server, connect("bob", flags=0), subscribe("t", qos=1))
+        ann = self.joins("ann", subscribe("t", qos=1))
+        bob = self.joins("bob", subscribe("t", qos=1), flags=0)
         kept = bob.session.unacked
         bob.connection_lost(None)
         for n in range(40):
             self.server.publish("t", b"%d" % n + bytes(50_000), 1)
-        self.assertTrue(ann.transport.is_closing())
+        assert ann.transport.is_closing()
         self.assertEqual([int(unacked.packet[9:11]) for unacked in kept.values()],
                          [*range(20, 40)])
-        bob = join(self.server, connect("bob", flags=0))
+        bob = self.joins("bob", flags=0)
         await self.goes_round()
-        self.assertFalse(bob.transport.is_closing())        # it gets all that was kept
-        bob.data_received(b"".join(ack(PUBACK, id) for id in [*kept]))
-        self.assertEqual(bob.session.size(), 129)   # its filter is left, of one level
+        assert not bob.transport.is_closing()       # it gets all that was kept
+        self.acknowledges(bob)
+        assert bob.session.size() == 129        # its filter is left, of one level
         for id in itertools.count(1):               # what it does not release counts
             bob.data_received(publish("x", b"", 2, id=id))
             if bob.is_closed:
                 break
-        self.assertEqual(id, (broker.BUDGET - 129) // 128 + 1)
+        assert id == (broker.BUDGET - 129) // 128 + 1
 
     async def test_filters_sessions_and_retained_messages(self):
         """What comes new finds no room, but a station's state always does."""
         server = self.server
-        eve = join(server, connect("eve")).session
+        assert self.joins("dan", publish("/" * 128)).is_closed      # too many levels
+        eve = self.joins("eve").session
         codes = [server.subscribe(eve, f"{n}/a/b", 1) for n in range(5_000)]
-        self.assertIn(codes.index(0x80), range(1_000, 4_000))
+        assert 1_000 < codes.index(0x80) < 4_000
         server.unsubscribe(eve, "0/a/b")
-        self.assertEqual(server.subscribe(eve, "x", 1), 1)
+        assert server.subscribe(eve, "y/a/b", 1) == 1
         for n in range(1_002):
-            join(server, connect(f"c{n}", flags=0)).connection_lost(None)
-        self.assertEqual(len(server.sessions), 1_001)       # eve is there, too
-        self.assertNotIn("c1", server.sessions)
+            self.joins(f"c{n}", subscribe("t"), flags=0).connection_lost(None)
+        assert len(server.sessions) == 1_001        # eve is there, too
+        assert "c1" not in server.sessions and len(server.tree.match("t")) == 1_000
         for n in range(2_000):
             server.publish(f"large/{n}", bytes(60_000), retain=True)
-        self.assertIn(len(server.retained), range(1_000, 1_200))
+        assert 1_000 < len(server.retained) < 1_200
         server.publish("P1/state", bytes(65_000), retain=True)
         server.publish("large/0", bytes(120_000), retain=True)      # it has grown
-        self.assertIn("P1/state", server.retained)
-        self.assertNotIn("large/0", server.retained)
+        assert "P1/state" in server.retained and "large/0" not in server.retained
         for topic in [*server.retained]:
             server.publish(topic, b"", retain=True)
-        self.assertEqual(server.retained_bytes, 0)
+        assert server.retained_bytes == 0
 
     async def test_each_has_its_slice_of_time(self):
         """Many packets, or one expensive subscription, hold up nobody for long."""
@@ -1821,60 +1736,46 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         filters = ["/".join(levels) for levels in itertools.product("a+", repeat=11)]
         for packets in [subscribe(*filters)], [publish("t", b"", 1)] * 50_000:
             began = time.monotonic()
-            eve = join(self.server, connect("eve"), *packets)
-            self.assertLess(time.monotonic() - began, 0.1 + SLACK)
+            eve = self.joins("eve", *packets)
+            assert time.monotonic() - began < 0.1 + SLACK
             await self.goes_round(5)
-            self.assertGreater(eve.transport.pause_reading.call_count, 3)
+            assert eve.transport.pause_reading.call_count > 3
 
     async def test_who_makes_work_waits(self):
         """A message to who has enough to do ends the slice."""
-        ann = join(self.server, connect("ann"), subscribe("t"))
+        ann = self.joins("ann", subscribe("t"))
         for is_blocked in True, False:
             ann.is_blocked = is_blocked
-            eve = join(self.server, connect("eve"), *[publish("t")] * 9)
-            self.assertEqual(len(eve.buffer) > 0, is_blocked)
+            eve = self.joins("eve", *[publish("t")] * 9)
+            assert bool(eve.buffer) == is_blocked
             end = time.monotonic() + DEADLINE
             while eve.buffer and time.monotonic() < end:
                 await self.goes_round()
-            self.assertEqual(eve.buffer, b"")
+            assert not eve.buffer
 
     async def test_who_is_behind_is_waited_for(self):
         """And is heard meanwhile, as it might be waiting for others itself."""
-        ann = join(self.server, connect("ann"), subscribe("t"))
-        self.assertFalse(self.server.publish("t", b""))
+        ann = self.joins("ann", subscribe("t"))
+        assert not self.server.publish("t", b"")
         ann.is_blocked = True
-        self.assertTrue(self.server.publish("t", b""))
+        assert self.server.publish("t", b"")
         ann.data_received(PING + publish("x") + PING)
         self.assertEqual(ann.out[-2:], [PONG, PONG])
 
     async def test_what_is_still_to_be_given(self):
-        """Is given anew, all of it, when the connection was lost."""
+        """Half its budget, the rest when it has acknowledged; and all of it anew, when
+        the connection was lost."""
         for n in range(60):
             self.server.publish(f"t/{n}", bytes(30_000), 1, retain=True)
-        ann = join(self.server, connect("ann", flags=0), subscribe("t/#", qos=1))
+        ann = self.joins("ann", subscribe("t/#", qos=1), flags=0)
         ann.connection_lost(None)
         for total in 18 + 60, 0:
-            ann = join(self.server, connect("ann", flags=0))
+            ann = self.joins("ann", flags=0)
             count = 0
             while ann.session.unacked:
-                ids = [*ann.session.unacked]
-                count += len(ids)
-                ann.data_received(b"".join(ack(PUBACK, id) for id in ids))
-            self.assertEqual(count, total)
+                count += self.acknowledges(ann)
+            assert count == total
             ann.connection_lost(None)
-
-    async def test_many_retained_messages(self):
-        """More than its budget: the next ones when it has acknowledged."""
-        for n in range(40):
-            self.server.publish(f"t/{n}", bytes(50_000), 1, retain=True)
-        ann = join(self.server, connect("ann"), subscribe("t/#", qos=1))
-        kept = ann.session.unacked
-        count = 0
-        while kept:
-            self.assertLess(len(kept), 20)
-            count += len(kept)
-            ann.data_received(b"".join(ack(PUBACK, id) for id in [*kept]))
-        self.assertEqual(count, 40)
 
     async def test_packet_ids(self):
         """[MQTT-2.3.1-4] After all 65,535 one that is still on its way is left out."""
@@ -1883,7 +1784,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
             session.deliver(broker.Message("t", b"", 1), 1)
             if n:
                 first, last = session.unacked
-                self.assertTrue(first == 1 < last <= 65_535)
+                assert first == 1 < last <= 65_535
                 session.forget(last)
 
 
@@ -1891,69 +1792,35 @@ class Mqtt(Story):
     """ann, bob and others, with ids and topics of this test's own, at a real server.
 
     Steps are methods of RawClient. `t` is a topic of this test's own, `t/a` is below
-    it; `qos=1` and the like are named; any other word is a payload or kind of packet.
+    it; `qos=1` and the like are named; words in capitals are kinds of packets, any
+    other word is a payload, and - an empty one.
     """
-    SPOTS = dict(P1=1, lease=0)
-    COUNT = itertools.count(1)
+    SPOTS = dict(P1=1)
 
     def setUp(self):
-        self.addCleanup(self.city.check)
-        self.mark = f"x{next(self.COUNT)}"
-        self.t = f"t/{self.mark}"
-        self.people = {}
+        self.t = f"t/{self.id()}"
+        self.cast = {}
         self.joins("ann")
         self.joins("bob")
-
-    def raw(self, *first):
-        client = self.city.raw("server1", "mqtt", *first)
-        self.addCleanup(client.close)
-        return client
 
     def joins(self, name, session=None, will=None, retain=0, keep=0):
         """session: None a clean one; 0 or 1 one that stays, and was there or not. will:
         the QoS of "x" to `t`. cid2 is a second connection of cid."""
         flags = 2 * (session is None)
-        fields = [name.rstrip("2") + self.mark]
+        fields = [name.rstrip("2") + self.id()]
         if will is not None:
             flags += 4 + 8 * will + 32 * retain
             fields += [self.t, "x"]
-        client = self.raw(connect(*fields, flags=flags, keep=keep))
+        client = self.raw().send(connect(*fields, flags=flags, keep=keep))
         client.expect(ack(CONNACK, 256 * (session or 0)))
-        if name in self.people:
-            client.ids = self.people[name].ids
-        self.people[name] = client
+        if name in self.cast:
+            client.ids = self.cast[name].ids
+        self.cast[name] = client
 
-    def act(self, who, verb, plain, named):
-        words = [self.t + word[1:] if word[0] == "t" else word.encode()
-                 for word in plain]
-        if hasattr(self, verb):
-            getattr(self, verb)(who, *words, **named)
-        else:
-            getattr(self.people[who], verb)(*words, **named)
-
-    def test_byte_by_byte_or_at_once(self):
-        """[MQTT-3.1.3-1, -5, 3.1.4, 3.12.4-1] With all the fields that CONNECT has."""
-        bob = self.people["bob"].subscribes(self.t)
-        hello = connect(self.mark, self.t, "will", "me", "password", flags=198, keep=9)
-        story = (hello + (publish("t") + PING) * 9 + subscribe("t") + publish("t"))
-        for size in 1, len(story):
-            cid = self.raw()
-            for at in range(0, len(story), size):
-                cid.send(story[at:at + size])
-            cid.expect(WELCOME, *[PONG] * 9, ack(SUBACK, 9, 0)).takes("t").vanish()
-            bob.hears(self.t, b"will")
-
-    def test_refused(self):
-        """[MQTT-3.1.2-2, 3.1.3-6..8, 3.1.4-5] What follows is not even read."""
-        self.plays("bob subscribes t")
-        old = connect("").replace(b"MQTT\4", b"MQTT\3")
-        will = connect("eve", "server1/cars/ben/x", "will", flags=6)
-        for first, code in (old, 1), (connect("", flags=0), 2), (will, 5):
-            self.raw(first, publish(self.t)).expect(ack(CONNACK, code)).closed()
-        guest = self.raw(connect("")).expect(WELCOME)
-        self.raw(connect("")).expect(WELCOME)
-        guest.quiet()       # for each has an id of its own
-        self.plays("bob quiet")
+    def means(self, word):
+        if word.isupper():
+            return globals()[word]
+        return self.t + word[1:] if word[0] == "t" else word.strip("-").encode()
 
     def test_resumed_or_clean(self):
         """[MQTT-3.1.2-4..8, 3.2.2-1..3] A clean session keeps nothing."""
@@ -1966,7 +1833,8 @@ class Mqtt(Story):
             cid joins session=1; takes t/3 qos=1; quiet""")
 
     def test_taken_over(self):
-        """[MQTT-3.1.4-2] The first one ends, with its will; the second one is clean."""
+        """[MQTT-3.1.4-2, 3.1.3-6] The first one ends, with its will; the second one is
+        clean. Who has no id is nobody else."""
         self.plays("""
             bob subscribes t
             cid joins will=0; subscribes t/+
@@ -1977,22 +1845,23 @@ class Mqtt(Story):
             cid2 quiet; subscribes t/+
             ann publishes t/a
             cid2 takes t/a; quiet""")
+        guest = self.raw().send(connect("")).expect(WELCOME)
+        self.raw().send(connect("")).expect(WELCOME)
+        guest.quiet()
 
     def test_redelivery(self):
         """[MQTT-3.1.2-5, 3.3.1-1, 4.4.0-1, 4.6.0-1] DUP, old ids, in order."""
-        for qos in 1, 2:
-            cid = f"cid{qos + 2}"
-            self.plays(f"""
-                {cid} joins session=0; subscribes t qos={qos}
-                ann publishes t 0 qos={qos}; publishes t 1 qos={qos}
-                {cid} hears t 0 qos={qos}; hears t 1 qos={qos}; vanish
-                ann publishes t new qos={qos}
-                {cid} joins session=1; hears t 0 qos={qos} dup=1
-                {cid} hears t 1 qos={qos} dup=1; hears t new qos={qos}""")
-            first, second, *again, new = self.people[cid].ids
-            self.assertEqual(again, [first, second])
-            self.people[cid].settle(qos, first, second, new)
-            self.plays(f"{cid} leaves; joins session=1; quiet")
+        self.plays("""
+            cid joins session=0; subscribes t qos=2
+            ann publishes t qos=1; publishes t qos=2
+            cid hears t qos=1; hears t qos=2; vanish
+            ann publishes t new qos=2
+            cid joins session=1; hears t qos=1 dup=1; hears t qos=2 dup=1
+            cid takes t new qos=2""")
+        first, second, *again, new = self.cast["cid"].ids
+        assert again == [first, second]
+        self.cast["cid"].settle(1, first).settle(2, second)
+        self.plays("cid leaves; joins session=1; quiet")
 
     def test_exactly_once(self):
         """[MQTT-4.3.3-1, -2, 4.4.0-1] QoS 2, whatever either side sends again."""
@@ -2005,6 +1874,7 @@ class Mqtt(Story):
             dan gives PUBREL id=7; gets PUBCOMP id=7    # the first one may be lost
             cid hears t qos=2; quiet
             cid gives PUBREC; gets PUBREL; vanish
+            cid joins session=1; gets PUBREL; vanish
             cid joins session=1; gets PUBREL; gives PUBCOMP; quiet
             dan sends t qos=2 id=7 dup=1; gets PUBREC id=7      # the id was free
             dan gives PUBREL id=7; gets PUBCOMP id=7
@@ -2015,15 +1885,15 @@ class Mqtt(Story):
         """[MQTT-3.8.4-6, 3.3.5, 4.3.1..3, 4.6.0-2..6] Each QoS to each, the sender too,
         once; whatever DUP and the ids are."""
         self.joins("cid")
-        for granted, person in enumerate(self.people.values()):
+        for granted, person in enumerate(self.cast.values()):
             person.subscribes(self.t, granted)
         ids = range(65_530, 65_536)
-        ann = self.people["ann"]
+        ann = self.cast["ann"]
         for sent in range(3):
             for id in ids:
                 ann.send(publish(self.t, b"%d" % id, sent, 0, sent > 0, id))
             ann.settle(sent, *ids, sender=True)
-            for granted, person in enumerate(self.people.values()):
+            for granted, person in enumerate(self.cast.values()):
                 for id in ids:
                     person.takes(self.t, b"%d" % id, min(sent, granted))
                 person.quiet()
@@ -2032,7 +1902,7 @@ class Mqtt(Story):
         """[MQTT-3.3.5-1, 3.8.4-3..5, 3.9.3-1, 3.10.4-1..6] Highest QoS, once; the same
         replaces. More than 128 levels are refused. Unsubscribing is by the letter."""
         deep = subscribe(self.t, self.t + "/a" * 127, qos=1)
-        self.people["bob"].send(deep).expect(ack(SUBACK, 9, 1, 128))
+        self.cast["bob"].send(deep).expect(ack(SUBACK, 9, 1, 128))
         self.plays("""
             bob subscribes t qos=2
             ann publishes t qos=2
@@ -2053,41 +1923,44 @@ class Mqtt(Story):
         RETAIN is set for those who come later."""
         for sent, granted in itertools.product(range(3), repeat=2):
             self.plays(f"""
-                bob subscribes t qos=2
-                ann publishes t old qos={sent} retain=1; publishes t qos={sent} retain=1
-                bob takes t old qos={sent}; takes t qos={sent}
-                bob subscribes t qos={granted}
-                bob takes t qos={min(sent, granted)} retain=1; quiet; unsubscribes t""")
-            self.people["ann"].publishes(self.t, b"")       # not retained: no change
-            self.people["bob"].subscribes(f"+/{self.mark}").takes(self.t, retain=1)
-            self.people["ann"].publishes(self.t, b"", retain=1)
-            self.people["bob"].takes(self.t, b"").subscribes(f"+/{self.mark}").quiet()
-            self.people["bob"].unsubscribes(f"+/{self.mark}")
+                ann publishes t/a - retain=1
+                bob subscribes t/a qos=2
+                ann publishes t/a old qos={sent} retain=1
+                ann publishes t/a qos={sent} retain=1
+                bob takes t/a old qos={sent}; takes t/a qos={sent}
+                bob subscribes t/a qos={granted}
+                bob takes t/a qos={min(sent, granted)} retain=1; quiet
+                bob unsubscribes t/a""")
+        self.plays("""
+            ann publishes t/a -                     # not retained: no change
+            bob subscribes t/+; takes t/a retain=1
+            ann publishes t/a - retain=1
+            bob takes t/a -; subscribes t/+; quiet""")
 
     def test_retained_comes_first(self):
         """Before what its subscriber says next, goodbye too."""
         self.plays("ann publishes t old qos=1 retain=1")
-        bob = self.people["bob"].send(subscribe(self.t), publish(self.t, b"mark"))
+        bob = self.cast["bob"].send(subscribe(self.t), publish(self.t, b"mark"))
         bob.expect(ack(SUBACK, 9, 0)).takes(self.t, b"old", retain=1)
         self.plays("bob takes t mark \n cid joins session=0")
-        self.people["cid"].vanish(subscribe(self.t, qos=1), GOODBYE)
+        self.cast["cid"].vanish(subscribe(self.t, qos=1), GOODBYE)
         self.plays("cid joins session=1; hears t old qos=1 retain=1 dup=1")
 
     def test_retained_more_than_its_budget(self):
         """Who reads slowly, but reads, gets all of them: at its own pace."""
-        ann = self.people["ann"]
+        ann = self.cast["ann"]
         topics = [f"{self.t}/{n}" for n in range(200)]
         ann.send(*[publish(topic, bytes(60_000), retain=1) for topic in topics]).quiet()
         self.plays("bob subscribes t/# \n ann quiet")   # nobody waits for bob
-        self.assertEqual([self.people["bob"].message().topic for _ in topics], topics)
-        ann.send(*[publish(topic, b"", retain=1) for topic in topics]).quiet()
+        for topic in topics:
+            self.cast["bob"].hears(topic, bytes(60_000), retain=1)
 
     def test_will(self):
         """[MQTT-3.1.2-8..17, 3.14.1-1, 3.14.4-3] At any end but a true goodbye."""
         ends = b"", publish(self.t)[:-1], connect(), publish("t", qos=3), b"\xe0\1\0"
         for qos, last in zip((0, 1, 2, 0, 1), ends):
             self.plays(f"bob subscribes t qos=2 \n eve joins will={qos}")
-            self.people["eve"].vanish(last)
+            self.cast["eve"].vanish(last)
             self.plays(f"bob takes t qos={qos}; quiet")
         self.plays("""
             eve joins will=0; leaves
@@ -2103,9 +1976,9 @@ class Mqtt(Story):
             half joins keep=2
             dan joins keep=2
             clock closed""")        # 1.5 s have passed
-        self.people["half"].send(PING[:1])
+        self.cast["half"].send(PING[:1])
         self.plays("dan quiet \n half closed")
-        self.assertTrue(2.9 < time.monotonic() - began < 4.4)   # 4.5 had it been fed
+        assert 2.9 < time.monotonic() - began < 4.4     # 4.5 had it been fed
         self.plays("dan quiet")
 
 
@@ -2126,7 +1999,6 @@ class Doors(Story):
         cloud   | {"op": "search", "broker": "server2"} | "asked": ["server3"]
         server2 | {"op": "status"}                      | "requests": {"local"
         cloud   | {"op": "city"}                        | "server3": {"broker":
-        cloud   | {"op": ["city"]}                      | "error"
         cloud   | {"op": "status"}                      | "error"
         server2 | {"op": "city"}                        | "error"
         server2 | {"at": "Z"}                           | "error"
@@ -2136,25 +2008,25 @@ class Doors(Story):
     HTTP = """
         200 | POST /cars/ann/request   | {"at": "A", "range": 3, "id": "a-1"} | "a-1"
         200 | POST /cars/ann/request   | {"at": "A", "range": 3} | "station": "P1"
-        503 | POST /cars/bob/request   | {"at": "A", "range": 3} | "reason": "full"
+        503 | POST /cars/bob/request   | {"at": "A", "range": 3} | Retry-After: 5
         409 | POST /cars/bob/request   | {"at": "A", "range": 0} | "out of range"
         400 | POST /cars/bob/request   | {"at": "Z", "range": 0} | "request.at must be
         200 | GET /stations            |                         | {"P1": {"station":
         200 | GET /stations/P1         |                         | {"ann": "held"}
         200 | GET /status              |                         | "requests": {"local":
-        200 | GET /city                |                         | "cloud": true
+        200 | GET /city                |                         | {"cloud": true
         200 | GET /city                |                         | "server3": {"
         204 | DELETE /cars/ann/request |                         |
         """
     MISTAKES = """
-        404 | GET /x                   |                             | no such thing
-        404 | GET /stations/P3         |                             | of another broker
-        404 | GET /cars/ann/request    |                             | another method
-        404 | DELETE /cars/ann/request |                             | it has none
-        501 | PUT /cars/ann/request    |                             | of no use here
+        404 | GET /x                   | X: y                        | no such thing
+        404 | GET /stations/P3         | X: y                        | of another broker
+        404 | GET /cars/ann/request    | X: y                        | another method
+        404 | DELETE /cars/ann/request | X: y                        | it has none
+        501 | PUT /cars/ann/request    | X: y                        | of no use here
         400 | POST /cars/a%2Fb/request | Content-Length: 2           | no name
         400 | POST /cars/ann/request   | Content-Length: 1           | half a body
-        400 | POST /cars/ann/request   |                             | no length
+        400 | POST /cars/ann/request   | X: y                        | no length
         400 | POST /cars/ann/request   | Content-Length: -1          | nonsense
         413 | POST /cars/ann/request   | Content-Length: 65537       | too much
         413 | POST /cars/ann/request   | Content-Length: 99999999999 | far too much
@@ -2168,122 +2040,98 @@ class Doors(Story):
     def setUp(self):
         self.addCleanup(self.city.rests)
 
-    def raw(self, *where):
-        client = self.city.raw(*where)
-        self.addCleanup(client.close)
-        return client
-
     def test_mqtt(self):
         """A car and its broker, with no delay: 40 ms would be Nagle's algorithm."""
-        topic = "server1/cars/ann"
         ann = self.raw("server1", "mqtt", connect("ann")).expect(WELCOME)
-        ann.subscribes(f"{topic}/reply")
+        ann.subscribes("server1/cars/ann/reply")
         request = b'{"id": "a-1", "at": "A", "range": 50}'
         began = time.monotonic()
         for _ in range(30):
-            ann.sends(f"{topic}/request", request)
-            reply = json.loads(ann.message().payload)
-        self.assertLess(time.monotonic() - began, 30 * 0.03)
-        self.assertEqual(reply, {
-            "id": "a-1", "station": "P1", "broker": "server1", "route": ["A", "P1"],
-            "km": 1, "lease": 15, "asked": ["server1"]})
+            ann.sends("server1/cars/ann/request", request)
+            reply = ann.reply()
+        assert time.monotonic() - began < 30 * 0.03
+        self.assertEqual(reply, Shapes.GOOD["offer"] | {"km": 1})
 
     def test_tcp(self):
         """Many questions on one connection. The cloud searches from the asker's broker
         on; reserve asks one broker alone."""
-        guests = {to: self.raw(to, "tcp") for to in ("cloud", "server2")}
+        guests = {"cloud": self.raw("cloud", "port"),
+                  "server2": self.raw("server2", "tcp")}
         for to, question, holds in rows(self.TCP):
-            answer = json.dumps(guests[to].asks(RESERVE | json.loads(question)))
-            for part in holds.split(", "):
-                self.assertIn(part, answer)
+            answer = guests[to].asks(RESERVE | json.loads(question))
+            self.assertIn(holds, json.dumps(answer))
 
     def test_tcp_mistakes(self):
         """After what is no JSON object nothing is read, as it may come from a browser
         that somebody else's page has sent here; nor after too long a line."""
         post = b"POST / HTTP/1.1\r\n\r\n%s\n" % json.dumps(RESERVE).encode()
-        for to in "server1", "cloud":
-            self.assertEqual(self.raw(to, "tcp").closed(post).count(b"\n"), 1)
-            self.assertEqual(self.raw(to, "tcp").closed(b" " * 65_537), b"")
+        assert self.raw("server1", "tcp").closed(post).count(b"\n") == 1
+        assert self.raw("cloud", "port").closed(b" " * 65_537) == b""
 
     def test_http(self):
         for status, request, body, holds in rows(self.HTTP):
-            method, path = request.split()
-            found, headers, answer = self.city.http(
-                method, path, json.loads(body) if body else None)
-            with self.subTest(request):
-                self.assertEqual(found, int(status))
-                self.assertIn(holds, json.dumps(answer if found != 204 else ""))
-                self.assertEqual(headers["Retry-After"], "5" if found == 503 else None)
-                self.assertEqual("Content-Length" in headers, found != 204)
+            found, headers, text = self.city.http(*request.split(), body)
+            self.assertEqual(found, int(status), request)
+            self.assertIn(holds, f"{headers}{text}")
 
     def test_http_mistakes(self):
         """The second request, which hides behind each of them, is never answered."""
         for status, request, header, why in rows(self.MISTAKES):
-            text = [f"{request} HTTP/1.1", header or "X: y",
-                    "Content-Type: application/json", "", "{}GET /y HTTP/1.1", "", ""]
-            answer = self.raw("server1", "http").closed("\r\n".join(text).encode())
-            with self.subTest(why):
-                self.assertRegex(answer, rf"HTTP/1.0 {status} ".encode())
-                self.assertEqual(answer.count(b"HTTP/1.0 "), 1)
-                self.assertEqual(b'{"error": "' in answer, status != "200")
+            text = (f"{request} HTTP/1.1\r\n{header}\r\nContent-Type: application/json"
+                    "\r\n\r\n{}GET /y HTTP/1.1\r\n\r\n")
+            answer = self.raw("server1", "http").closed(text.encode())
+            self.assertRegex(answer, rf"HTTP/1.0 {status} ".encode(), why)
+            assert answer.count(b"HTTP/1.0 ") == 1
+            self.assertEqual(b'{"error": "' in answer, status != "200")
 
     def test_page(self):
         """It needs nothing from outside; what others wrote stays text."""
-        page = self.city.get("/")
-        self.assertNotRegex(page, rb"""(src|href|url)\W{0,3}(https?:)?//""")
+        page = self.city.http("GET", "/")[2]
+        self.assertNotRegex(page, r"""(src|href|url)\W{0,3}(https?:)?//""")
         name = "<img src=x onerror=alert(1)>"
         state = {"car": name, "at": "A", "battery": 5, "doing": "going"}
         topic = f"server1/cars/{name}/state"
         evil = self.raw("server1", "mqtt", connect(name)).expect(WELCOME)
         evil.publishes(topic, json.dumps(state).encode())
         self.assertEqual(self.city.get("/cars"), {name: state})
-        drawn = self.city.get("/map").decode()
+        self.city.asks("ann")
+        drawn = self.city.http("GET", "/map")[2]
         self.assertNotIn("<img", drawn)
-        for part in "&lt;img", "P1 ■ 0 ▄ 0 □ 1", "»", 'news="All parts answer"':
+        for part in "&lt;img", "P1 ■ 0 ▄ 1 □ 0", "»", 'news="All parts answer"':
             self.assertIn(part, drawn)
-        evil.publishes(topic, b"")
-        self.assertEqual(self.city.get("/cars"), {})
 
     def test_the_key(self):
         """Without it, or with another's proof of it, no door opens; with it all do."""
-        city = self.founds(key="s3cret", P1=1, P3=1)    # its own parts come in with it
+        self.runs("city", key="s3cret", P1=1, P3=1)     # its own parts come in with it
         with mock.patch.object(cloud_server, "KEY", "s3cret"):
             proof = cloud_server.mqtt_password("car1")
-        for name, user, password, code in (
-                ("car1", "car1", proof, 0), ("car2", "car2", proof, 5),
-                ("car2", "car1", proof, 5), ("car1", "car1", "s3cret", 5)):
-            hello = connect(name, user, password, flags=2 + 64 + 128)
-            with closing(city.raw("server1", "mqtt", hello)) as client:
-                client.expect(ack(CONNACK, code))
-        for to, op in ("server1", "status"), ("cloud", "city"):
-            for key in "", "secret", ["s3cret"], "\ud800", "s3cret":
-                with closing(city.raw(to, "tcp")) as guest:
-                    answer = guest.asks({"op": op, "key": key})
-                self.assertEqual(answer == {"error": "key"}, key != "s3cret")
-        status, _, _ = city.http("GET", "/", Authorization=f"b{basic(':s3cret')[1:]}")
-        self.assertEqual(status, 200)
-        for wrong in basic("me:secret"), basic("s3cret:"), "Bearer s3cret", "\xff":
-            status, headers, _ = city.http("GET", "/", Authorization=wrong)
-            self.assertEqual((status, headers["WWW-Authenticate"][:5]), (401, "Basic"))
-        self.assertEqual(city.asks("ann").asked, ["server1"])
-        self.assertEqual(city.asks("bob").asked, ["server1", "server2"])
-        city.car("zoe").says("zoe .*full")
-        self.assertNotIn("s3cret", str([part.lines for part in city.parts.values()]))
+        for words, code in (("car1 car1 {}", 0), ("car1 car2 {}", 5),
+                            ("car2 car2 {}", 5), ("car1 car1 s3cret", 5)):
+            hello = connect(*words.format(proof).split(), flags=2 + 64 + 128)
+            self.raw("server1", "mqtt", hello).expect(ack(CONNACK, code))
+        for key in "", "secret", ["s3cret"], "\ud800", "s3cret":
+            answer = self.raw("cloud", "port").asks({"op": "city", "key": key})
+            assert (answer == {"error": "key"}) == (key != "s3cret")
+        for status, proof in (
+                (200, f"b{basic(':s3cret')[1:]}"), (401, basic("me:secret")),
+                (401, basic("s3cret:")), (401, "Bearer s3cret"), (401, "\xff")):
+            found, headers, _ = self.city.http("GET", "/", Authorization=proof)
+            assert found == status
+            self.assertEqual("WWW-Authenticate: Basic" in str(headers), status == 401)
+        assert self.city.asks("ann").station == "P1"
+        assert self.city.asks("bob").station == "P3"
+        self.city.car("zoe").says("zoe .*full")
+        self.assertNotIn("s3cret", str(self.city.parts))
 
     def test_rush_hour_a_taken_port_and_nobody_who_listens(self):
-        config = ["--config", self.city.config]
-        rush = Part(sys.executable, HERE / "test_system.py", "--rush", 200, *config)
-        self.addCleanup(rush.erase)
+        rush = self.city.start("test_system.py", "rush", "--rush", 200)
         rush.says(r"refused +197 ", r"missing +0\b", r"double +0\b").ends(0)
-        for script in "cloud_server.py", "broker.py":
-            end = subprocess.run([sys.executable, HERE / script, *config], text=True,
-                                 capture_output=True)
-            self.assertEqual(end.returncode, 2)
-            self.assertRegex(end.stderr, r"\A.* port \d+.*\n\Z")
+        again = self.city.start("broker.py", "again").ends(2)
+        self.assertRegex(str(again), r"\A.* port \d+.*\Z")
         line = f"timeout 1 {sys.executable} {HERE}/car.py --config {self.city.config}"
         for end in ">&-", "| head -n 1":
             told = subprocess.run(f"{line} {end}", shell=True, capture_output=True)
-            self.assertEqual(told.stderr, b"")
+            assert told.stderr == b""
 
 
 class Readme(Story):
@@ -2309,9 +2157,7 @@ class Readme(Story):
         self.assertGreater(len(table), 15)
         for module, names in table:
             for name in names.split("`, `"):
-                found = sys.modules[module]
-                for part in name.split("."):
-                    found = getattr(found, part)
+                functools.reduce(getattr, name.split("."), sys.modules[module])
 
 
 # ======================================================================================
@@ -2332,8 +2178,9 @@ class Drills(Story):
     def setUpClass(cls):
         """The demo takes 15 s, who says nothing is closed after 10: both begin now."""
         cls.demo = cls.begins_demo()
-        cls.guests = City(P1=1, lease=0)
+        cls.guests = City(P1=1)
         cls.addClassCleanup(cls.guests.end)
+        cls.guests.begin()
         cls.began = time.monotonic()
         cls.silent = [cls.guests.raw("server1", *how) for how in cls.SILENT]
 
@@ -2342,31 +2189,28 @@ class Drills(Story):
         return Part(sys.executable, HERE / "test_system.py", "--demo",
                     start_new_session=True)
 
-    def has(self, city, **how):
-        self.city = self.founds(**how)
-
     def gets(self, car, station, least="0", *asked, at="A", range=50):
         reply = self.city.asks(car, at, float(range))
         self.assertEqual(reply.station or "nothing", station, reply)
-        self.assertTrue(float(least) <= reply.took < float(least) + SLACK, reply)
+        assert float(least) <= reply.took < float(least) + SLACK, reply
         if asked:
             self.assertEqual(reply.asked, [*asked])
 
     def drives(self, car, **how):
         self.city.car(car, **how)
 
-    def claims(self, car, station, use):
-        self.city.claims(car, station, use=use)
+    def leaves(self, car):
+        self.city.http("DELETE", f"/cars/{car}/request")
 
     def shows(self, station, **cars):
-        self.city.shows(5, **{station: cars})
+        self.city.shows(station, seconds=5, cars=cars)
 
     def is_offline(self, station):
-        self.city.are_online(station, online=False, seconds=SLACK)
+        self.city.shows(station, seconds=SLACK, online=False)
 
     def test_the_next_broker_hangs_or_is_dead(self):
         self.plays("""
-            city has P1=1 P3=1 P5=4
+            city runs P1=1 P3=1 P5=4
             ann gets P1
             server2 freezes
             bob gets P5 1.5 server1 server2 server3
@@ -2377,32 +2221,27 @@ class Drills(Story):
             cloud says server2.*skipped:.*refused
             cloud dies
             eve gets P5""")
-        self.assertFalse(self.city.get("/city")["cloud"])
-        self.assertIn("No answer from the cloud", self.city.get("/map").decode())
+        assert not self.city.get("/city")["cloud"]
+        self.assertIn("No answer from the cloud", self.city.http("GET", "/map")[2])
 
     def test_the_cloud_hangs(self):
         """Fifty wait for it, once; who can be served nearby does not notice."""
-        self.plays("city has P1=1 P3=1 \n cloud freezes")
-        crowd = [threading.Thread(target=self.city.asks, args=[f"c{n}", "C", 1.5])
-                 for n in range(50)]
-        for car in crowd:
-            car.start()
-        self.plays("ann gets P1 range=1.5 \n" * 9)
-        for car in crowd:
-            car.join()
-        self.assertEqual(len(self.city.station("P3")["cars"]), 1)
+        self.plays("city runs P1=1 P3=1 \n cloud freezes")
+        with concurrent.futures.ThreadPoolExecutor(50) as crowd:
+            replies = crowd.map(lambda n: self.city.asks(f"c{n}", "C", 1.5), range(50))
+            self.plays("ann gets P1 range=1.5 \n" * 9)
+        assert len([*replies]) == 50
+        assert len(self.city.get("/stations/P3", "server2")["cars"]) == 1
         self.plays("bob gets nothing at=C range=1.5 \n cloud thaws")
 
     def test_a_station_dies(self):
         """It remembers its cars; but if its broker dies, too, they must claim again."""
         self.plays("""
-            city has P1=1
-            bob claims P1 charging
-            P1 shows bob=charging
+            city runs P1=1
+            bob gets P1
             P1 dies; is_offline; comes_back; says serves:.0.of.1
             server1 dies; comes_back; says P1.*is.online
-            P1 shows bob=charging
-            P1 dies
+            P1 shows bob=held; dies
             server1 dies; comes_back; says serves
             P1 comes_back; says serves:.1.of.1
             zoe drives battery=5; says zoe-.*charging
@@ -2412,15 +2251,15 @@ class Drills(Story):
 
     def test_a_broker_stops_at_work(self):
         """And its station, which hung, after it."""
-        self.plays("city has P1=1 \n P1 freezes")
+        self.plays("city runs P1=1 \n P1 freezes")
         line = json.dumps(RESERVE).encode() + b"\n"
         for _ in range(20):
-            self.addCleanup(self.city.raw("server1", "tcp", line).close)
+            self.raw("server1", "tcp", line)
         self.city["server1"].says("x-1 asks").stop()
 
     def test_a_station_is_started_twice(self):
         """The older one ends: one line, exit status 2; no spot was promised twice."""
-        self.plays("city has P1=1 \n ann gets P1")
+        self.plays("city runs P1=1 \n ann gets P1")
         older = self.city.parts["older"] = self.city["P1"]
         self.city.start("station.py", "P1", "P1")
         older.says("was started again").ends(2)
@@ -2429,42 +2268,39 @@ class Drills(Story):
     @unittest.skipUnless(MOSQUITTO, "there is no mosquitto to be found")
     def test_mosquitto_in_its_place(self):
         """One server for both brokers; it is killed and started again."""
-        [port] = free_ports(1)
-        mosquitto = Part(MOSQUITTO, "-p", port).says("running")
-        self.addCleanup(mosquitto.erase)
-        self.has("city", mqtt=port, P1=1, P3=1)
-        self.plays("ann gets P1 0 server1 \n bob gets P3")
-        mosquitto.dies()
-        self.city["P3"].dies()
-        mosquitto.comes_back().says("running")
         self.plays("""
+            city runs mosquitto=1 P1=1 P3=1
+            ann gets P1
+            bob gets P3
+            mosquitto dies
+            P3 dies
+            mosquitto comes_back; says running
             P1 says serves:.0.of
             server1 says connection.lost Success
             P3 is_offline
             cid gets nothing
-            zoe drives; says full""")
-        self.city.claims("ann", "P1", "leave")
-        self.plays("P1 shows \n zoe says yes,.at.P1 zoe-.*charging")
+            zoe drives; says full
+            ann leaves
+            P1 shows
+            zoe says yes,.at.P1 zoe-.*charging""")
 
     def test_the_storm(self):
         """Thirty cars ask, while parts die, hang and come back: no spot is promised to
         two of them within a lease, and all are free at the end."""
-        self.plays("city has lease=2 P1=1 P2=2 P3=1 P4=2 P5=1 P6=2")
+        self.plays("city runs lease=2 P1=1 P2=2 P3=1 P4=2 P5=1 P6=2")
         storm = Storm(self.city)
         storm.rages()
-        self.assertEqual(storm.faults, [])
-        self.assertGreater(storm.promises, STORM)       # or it has tested nothing
-        self.city.are_online(*self.city.spots)
-        self.city.shows(**dict.fromkeys(self.city.spots, {}))
+        assert storm.promises > STORM       # or it has tested nothing
+        self.city.shows(*self.city.spots, online=True, cars={})
 
     def test_with_noise_and_silence(self):
         """Random bytes at each door. Who says nothing whole is closed after 10 s."""
         dice = random.Random(SEED)
         noises = [dice.randbytes(dice.randrange(1, 300)) for _ in range(100)]
         noises += [b"GET /" + b"x" * 70_000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 500,
-                   connect("eve") + noises[0]]
+                   connect("e\nve") + noises[0]]
         for noise in noises:
-            for door in "server1 mqtt", "server1 http", "server1 tcp", "cloud tcp":
+            for door in "server1 mqtt", "server1 http", "server1 tcp", "cloud port":
                 client = self.guests.raw(*door.split())
                 with closing(client), suppress(OSError):    # it may hang up at once
                     client.vanish(noise)
@@ -2475,7 +2311,6 @@ class Drills(Story):
             client.socket.settimeout(max(0.1, left))
             client.closed()
             client.close()
-        self.assertGreater(time.monotonic() - self.began, 9)
 
     def test_zz_the_demo(self):
         """To its end; or until Ctrl-C, which reaches every process of it."""
@@ -2497,69 +2332,62 @@ class Storm:
     """
     REGIONS = [["cloud"], ["server1", "P1", "P2"], ["server2", "P3", "P4"],
                ["server3", "P5", "P6"]]
+    STRIKES = [(Part.dies, Part.comes_back), (Part.freezes, Part.thaws),
+               (Part.check, Part.check)]
 
     def __init__(self, city):
         self.city = city
+        self.dice = random.Random(SEED)
         self.over = threading.Event()
         self.lock = threading.Lock()
         self.kept = {}
-        self.faults = []
         self.promises = 0
 
     def rages(self):
-        dice = random.Random(SEED)
         end = time.monotonic() + STORM
-        cars = [threading.Thread(target=self.live, args=[f"storm{n}", SEED + n])
-                for n in range(30)]
+        with concurrent.futures.ThreadPoolExecutor(30) as pool:
+            cars = [pool.submit(self.live, n) for n in range(30)]
+            try:
+                while time.monotonic() < end:
+                    self.strikes()
+            finally:
+                self.over.set()
         for car in cars:
-            car.start()
-        while time.monotonic() < end:
-            undo = [self.strikes(self.city[dice.choice(names)], dice.randrange(3))
-                    for names in self.REGIONS]
-            enough = self.promises + dice.randrange(20)
-            calm = time.monotonic() + 3 * dice.random()
-            wait_until(lambda: self.promises > enough or time.monotonic() > calm,
-                       "the next strike")
-            for come_back in undo:
-                come_back()
-            self.city.are_online(*self.city.spots)
-        self.over.set()
-        for car in cars:
-            car.join()
+            car.result()
 
-    def strikes(self, part, how):
-        """Returns what brings it back."""
-        if how == 0:
-            return part.dies().comes_back
-        if how == 1:
-            return part.freezes().thaws
-        return part.check
+    def strikes(self):
+        come_back = []
+        for names in self.REGIONS:
+            part = self.city[self.dice.choice(names)]
+            strike, undo = self.dice.choice(self.STRIKES)
+            strike(part)
+            come_back.append((undo, part))
+        enough = self.promises + self.dice.randrange(20)
+        calm = time.monotonic() + 3 * self.dice.random()
+        wait_until(lambda: self.promises > enough or time.monotonic() > calm, "a calm")
+        for undo, part in come_back:
+            undo(part)
+        self.city.shows(*self.city.spots, online=True)
 
-    def live(self, name, seed):
-        dice = random.Random(seed)
+    def live(self, n):
+        dice = random.Random(SEED + n)
         while not self.over.is_set():
             broker, places = dice.choice([*PLACES.items()])
             began = time.monotonic()
             with self.lock:
-                self.kept.pop(name, None)
-            try:
-                reply = self.city.asks(name, dice.choice([*places]), to=broker)
+                self.kept.pop(n, None)
+            with suppress(OSError, HTTPException):      # its broker is away, or dies
+                reply = self.city.asks(f"storm{n}", dice.choice([*places]), to=broker)
                 if reply.station:
-                    self.note(name, reply.station, began + reply.lease)
-            except (OSError, HTTPException):
-                continue        # its broker is away, or died as it answered
-            except Exception as fault:
-                self.faults.append(fault)
-                raise
+                    self.note(n, reply.station, began + reply.lease)
 
-    def note(self, name, station, until):
+    def note(self, n, station, until):
         with self.lock:
             self.promises += 1
-            self.kept[name] = station, until
+            self.kept[n] = station, until
             here = [car for car, (where, end) in self.kept.items()
                     if where == station and end > time.monotonic()]
-            if len(here) > self.city.spots[station]:
-                self.faults.append(f"{station} is promised to {here}")
+            assert len(here) <= self.city.spots[station], f"{station}: {here}"
 
 
 def main():
@@ -2572,14 +2400,20 @@ def main():
     args, rest = parser.parse_known_args()
     for stop in signal.SIGTERM, signal.SIGINT:      # a shell may have us ignore it
         signal.signal(stop, signal.default_int_handler)
+    try:
+        cloud_server.KEY = EV_KEY
+        cloud_server.check_key()
+        city = ring.load(args.config)
+    except ring.Invalid as fault:
+        cloud_server.give_up(fault)
     if args.rush is not None:
         if not 1 <= args.rush <= 5000:
             parser.error("--rush takes 1 to 5000 cars")
-        sys.exit(run_rush(args.config, args.rush))
+        sys.exit(run_rush(city, args.rush))
+    cloud_server.KEY = ""               # the others have a city of their own
     if args.demo:
-        with suppress(KeyboardInterrupt):
+        with cloud_server.until_stopped():
             run_demo()
-        sys.exit()
     unittest.main(argv=[sys.argv[0], *rest])
 
 
