@@ -50,21 +50,21 @@ from typing import NamedTuple
 
 from paho.mqtt.matcher import MQTTMatcher
 
-from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker,
-                          Caller, Door, Lines, NoAnswer, Patience, Story, choose_names,
-                          crash, crew, has_room, is_key, listening, mqtt_password,
-                          outcome, read_reply, read_request, refusal, search,
-                          start_up, until_stopped)
-from ring import (COUNTER, NAME, PERCENT, Invalid, fit, is_id, need, one_of, read_json,
+from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker, Caller, Door,
+                          Guest, Lines, NoAnswer, Story, choose_names, crash, crew,
+                          has_room, is_key, listening, mqtt_password, outcome,
+                          read_reply, read_request, refusal, search, start_up,
+                          until_stopped)
+from ring import (COUNTER, ID, NAME, PERCENT, Invalid, fit, need, one_of, read_json,
                   read_object, to_json)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client
 
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
-SLICE = 0.002               # s for one client's packets before it is the others' turn.
-                            # (So short as each request makes work for a task, later.)
+SLICE = 0.02                # s for one client's packets before it is the others' turn
 ACCEPTS = 8                 # new connections at a time, before `has_room` looks at them
-PAUSE = 0.001               # s after each message to who is behind with reading
-BUDGET = 1024 * 1024        # bytes kept for one client: not yet sent; and all else
+PAUSE = 0.001               # s after each KiB for who is behind: see Session.is_behind
+MOMENT = 1e-6               # s after a request: just so long that others have a turn
+BUDGET = 1024 * 1024        # bytes not yet sent to one client; bytes of all else for it
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
 ABSENT = 1_000              # sessions of absent clients
@@ -76,10 +76,8 @@ RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together
 
 
 class ProtocolError(Exception):
-    """A client broke the standard: its connection is closed. [MQTT-4.8.0-1]
-
-    With a second argument: it may not connect, and its CONNACK has that code.
-    """
+    """A client broke the standard: its connection is closed. [MQTT-4.8.0-1] With a
+    second argument: it may not connect, and its CONNACK has that code."""
 
 
 def require(condition, why, *code):
@@ -94,11 +92,11 @@ def require(condition, why, *code):
 #     +------+-------+   +------------------+   +----------------------+---------+
 #      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
-# What clients may send, and the flags that it must have. [MQTT-2.2.2-1]
-ANY = None
-FLAGS = {CONNECT: 0b0000, PUBLISH: ANY, PUBACK: 0b0000, PUBREC: 0b0000, PUBREL: 0b0010,
-         PUBCOMP: 0b0000, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010, PINGREQ: 0b0000,
-         DISCONNECT: 0b0000}
+# The flags of all but PUBLISH are fixed, and 0 if not listed here. [MQTT-2.2.2-1]
+FLAGS = {PUBREL: 0b0010, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010}
+
+# What is handled even while retained messages are being handed out to that client
+OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
 # The flags of PUBLISH: it is sent again; the quality of service; keep it for later
 DUP = 0b1000
@@ -115,8 +113,8 @@ FILTER = re.compile(r"""
     """, re.VERBOSE | re.DOTALL)
 
 
+# An application message, on its way from a publisher to a subscriber
 class Message(NamedTuple):
-    """An application message on its way from a publisher to a subscriber."""
     topic: str
     payload: bytes
     qos: int = 0
@@ -124,16 +122,13 @@ class Message(NamedTuple):
 
 
 def take_packet(buffer: bytearray):
-    """Cut the first Packet off. None: it is not all there yet.
-
-    TCP carries bytes, not packets: what comes at once may be a part of one, or many.
-    A wrong first byte is found at once: a browser or TLS client is not kept waiting.
-    """
+    """Cut the first Packet off. None: it is not all there yet. TCP carries bytes, not
+    packets: what comes at once may be a part of one, or many. Wrong flags are found at
+    the first byte: a browser or TLS client is not kept waiting."""
     if not buffer:
         return None
     kind, flags = divmod(buffer[0], 16)
-    require(kind in FLAGS, "a type of packet that no client may send")
-    require(FLAGS[kind] in (flags, ANY), "impossible flags")
+    require(kind == PUBLISH or flags == FLAGS.get(kind, 0), "impossible flags")
     length = 0
     for place, byte in enumerate(buffer[1:5]):
         length += byte % 128 * 128 ** place
@@ -143,23 +138,20 @@ def take_packet(buffer: bytearray):
             require(end <= LIMIT, "the packet is too long")
             if end > len(buffer):
                 return None
-            packet = Packet(kind, flags, bytes(buffer[start:end]))
+            packet = Packet(buffer[start:end])
+            packet.kind = kind
+            packet.flags = flags
             del buffer[:end]
             return packet
     require(len(buffer) < 5, "a length of more than four bytes")
     return None
 
 
-class Packet:
-    """A packet that came in: the fields of its body are taken off one by one."""
-
-    def __init__(self, kind, flags, body):
-        self.kind = kind
-        self.flags = flags
-        self.body = io.BytesIO(body)
-
+class Packet(io.BytesIO):
+    """A packet that came in: the fields of its body are read one by one. It has a
+    `kind` and `flags`, too, from its first byte."""
     def take(self, count):
-        field = self.body.read(count)
+        field = self.read(count)
         require(len(field) == count, "a packet that ends in a field")
         return field
 
@@ -197,10 +189,7 @@ class Packet:
         return topic_filter
 
     def has_more(self):
-        return self.body.tell() < len(self.body.getbuffer())
-
-    def rest(self):
-        return self.body.read()
+        return self.tell() < len(self.getbuffer())
 
     def end(self):
         require(not self.has_more(), "bytes left over")
@@ -221,50 +210,27 @@ CLEAN = 0b0000_0010
 RESERVED = 0b0000_0001
 
 
-class Connect(NamedTuple):
-    """What a CONNECT packet says."""
-    client_id: str
-    clean: bool
-    keepalive: int              # s; 0: none
-    will: Message | None
-    user: str
-    password: bytes
+# The fields that a CONNECT may lack: topic | payload of the will, and user | password.
+# Its flags say which are there, and must not contradict each other.
 
-
-def parse_connect(packet: Packet) -> Connect:
-    """Raises ProtocolError."""
-    require(packet.text() == "MQTT", "not MQTT")                    # [MQTT-3.1.2-1]
-    require(packet.byte() == 4, "another version of MQTT", 1)       # [MQTT-3.1.2-2]
-    flags = packet.byte()
-    check_connect_flags(flags)
-    keepalive = packet.number()
-    client_id = packet.text()
-    will = None
-    user = ""
-    password = b""
-    if flags & WILL:
-        will = Message(packet.topic(), packet.data(), WILL_QOS[flags & WILL_QOS_BITS],
-                       bool(flags & WILL_RETAIN))
-    if flags & USER:
-        user = packet.text()
-    if flags & PASSWORD:
-        password = packet.data()
-    packet.end()
-    return Connect(client_id, bool(flags & CLEAN), keepalive, will, user, password)
-
-
-def check_connect_flags(flags: int):
-    require(not flags & RESERVED, "a reserved flag")                # [MQTT-3.1.2-3]
-    require(flags & WILL_QOS_BITS in WILL_QOS,
-            "impossible QoS of the will")                           # [MQTT-3.1.2-14]
+def take_will(packet: Packet, flags: int) -> Message | None:
     if not flags & WILL:                                            # -13 and -15
         require(not flags & (WILL_QOS_BITS | WILL_RETAIN), "flags, but no will")
-    if not flags & USER:                                            # [MQTT-3.1.2-22]
-        require(not flags & PASSWORD, "a password without a user name")
+        return None
+    require(flags & WILL_QOS_BITS in WILL_QOS, "impossible QoS")    # [MQTT-3.1.2-14]
+    return Message(packet.topic(), packet.data(), WILL_QOS[flags & WILL_QOS_BITS],
+                   bool(flags & WILL_RETAIN))
+
+
+def take_user(packet: Packet, flags: int) -> tuple[str, bytes]:
+    if not flags & USER:
+        require(not flags & PASSWORD, "a password, but no user")    # [MQTT-3.1.2-22]
+        return "", b""
+    user = packet.text()
+    return user, (packet.data() if flags & PASSWORD else b"")
 
 
 def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
-    """A whole packet: the fixed header, then the fields one after the other."""
     body = b"".join(fields)
     length = len(body)
     digits = []
@@ -284,17 +250,19 @@ def encode_ack(kind: int, packet_id: int) -> bytes:
 @functools.lru_cache(8)     # so it is encoded once for all its subscribers of QoS 0
 def encode_publish(message: Message, packet_id: int) -> bytes:
     topic = message.topic.encode()
-    fields = [pack(len(topic)), topic]
-    if message.qos:
-        fields.append(pack(packet_id))
-    flags = message.qos * 2 + message.retain
-    return encode(PUBLISH, *fields, message.payload, flags=flags)
+    number = pack(packet_id) if message.qos else b""
+    return encode(PUBLISH, pack(len(topic)), topic, number, message.payload,
+                  flags=message.qos * 2 + message.retain)
 
 
 # ===== 2. The MQTT server: topic tree, sessions, connections ==========================
 # A client meets the server in three steps: its socket is a Connection; a CONNECT packet
 # gives it a Session; a SUBSCRIBE puts that session into the topic tree. To publish is
 # to walk down the tree, and to let each session found there deliver the message.
+#
+#     do_publish -> publish -> match -> deliver -> send -> flush      to the subscribers
+#                      |                   +-> keep      until it is acknowledged
+#                      +-> keep                          retained, for later ones
 #
 # One asyncio loop calls everything in this chapter, so no state in it needs a lock.
 
@@ -315,7 +283,7 @@ def may_publish(client_id: str, topic: str, brokers: set[str]) -> bool:
     return False            # the fog node's
 
 
-class TopicTree:
+class TopicTree(MQTTMatcher):
     """Who subscribes to what. Paho's matcher is a tree (a trie) of the filters' levels:
 
         server1 -- cars -- + -- request       {fog: 1}
@@ -324,48 +292,38 @@ class TopicTree:
 
     So a topic costs its depth to match, however many subscriptions there are.
     """
-
-    def __init__(self):
-        self.subscribers = collections.defaultdict(dict)    # filter: {subscriber: QoS}
-        self.tree = MQTTMatcher()                           # the same
-
     def add(self, topic_filter, subscriber, qos):
         """A second time replaces the QoS. [MQTT-3.8.4-3]"""
-        self.subscribers[topic_filter][subscriber] = qos
-        self.tree[topic_filter] = self.subscribers[topic_filter]
+        try:
+            self[topic_filter][subscriber] = qos
+        except KeyError:
+            self[topic_filter] = {subscriber: qos}
 
     def remove(self, topic_filter, subscriber):
-        del self.subscribers[topic_filter][subscriber]
-        if not self.subscribers[topic_filter]:      # leave no empty branches
-            del self.subscribers[topic_filter]
-            del self.tree[topic_filter]
+        del self[topic_filter][subscriber]
+        if not self[topic_filter]:
+            del self[topic_filter]          # leave no empty branches
 
     def match(self, topic):
         """Each subscriber once, with the highest QoS of its filters that match."""
         found = {}
-        for subscribers in self.tree.iter_match(topic):         # [MQTT-4.7]
+        for subscribers in self.iter_match(topic):              # [MQTT-4.7]
             for subscriber, qos in subscribers.items():
                 found[subscriber] = max(qos, found.get(subscriber, 0))
         return found
 
 
+# What is sent again on the next connection if it was not acknowledged on this one
 class Unacked(NamedTuple):
-    """A packet that is sent again on the next connection, if need be.
-
-    It waits for one acknowledgement; with QoS 2, PUBREL takes the place of PUBLISH.
-    """
-    packet: bytes           # PUBLISH, or the PUBREL that follows it
+    packet: bytes           # PUBLISH; with QoS 2 PUBREL takes its place later
     awaits: int             # PUBACK, PUBREC or PUBCOMP
 
 
 class Session:
     """What the server knows of a client id. Unless `clean`, it outlives the connection,
-    so that an absent client misses nothing: what comes meanwhile is kept for it.
-
-    All of it together takes at most BUDGET bytes, by `size`; else one client could use
-    up the memory of all.
-    """
-
+    so that an absent client misses nothing: what comes meanwhile is kept for it. All of
+    it together takes at most BUDGET bytes, by `size`; else one client could use up the
+    memory of all."""
     def __init__(self, client_id, clean):
         self.client_id = client_id
         self.clean = clean
@@ -376,19 +334,17 @@ class Session:
         self.ids = itertools.count()
         self.filter_bytes = 0       # what filters and unacked cost
         self.unacked_bytes = 0
-        self.wanted = {}            # filter: QoS, until it has what is retained for it
+        self.wanted = {}            # filters whose retained messages are to be given,
+        self.begun = {}             # and are being given now; with their QoS
 
     def size(self):
         return self.filter_bytes + self.unacked_bytes + OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
         """Send or keep a message: the lower QoS of publisher and subscriber counts.
-
         What has a packet id is kept until it is acknowledged. QoS 0 is sent and
-        forgotten; if the client is absent, it is just forgotten.
-
-        Returns whether the publisher should slow down.
-        """
+        forgotten; if the client is absent, it is just forgotten. Returns the s for
+        which its publisher must pause."""
         if granted < message.qos:               # [MQTT-3.8.4-6]
             message = message._replace(qos=granted)
         packet_id = self.next_id() if message.qos else 0
@@ -396,18 +352,21 @@ class Session:
         if self.connection:
             self.connection.send(packet)
         if message.qos:
-            awaits = PUBACK if message.qos == 1 else PUBREC
-            self.keep(packet_id, Unacked(packet, awaits))
+            self.keep(packet_id, Unacked(
+                packet, awaits=PUBACK if message.qos == 1 else PUBREC))
             self.keep_to_budget()
-        return self.is_behind()
+        if self.is_behind():
+            return PAUSE * (1 + len(packet) // 1024)
+        return 0
 
     def is_behind(self):
-        """Half of its budget waits to be read, or to be acknowledged. Publishers slow
-        down for it (backpressure), but do not stop: if it never reads, it is dropped.
-        """
+        """Half of its budget waits to be read, or half of what its filters leave of it
+        to be acknowledged. Publishers slow down for it (backpressure), but do not stop:
+        who never reads is dropped."""
         if self.connection is None:
             return False
-        return self.connection.is_blocked or self.unacked_bytes > BUDGET // 2
+        room = BUDGET - self.filter_bytes
+        return self.connection.is_blocked or self.unacked_bytes > room // 2
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -425,8 +384,10 @@ class Session:
         self.unacked_bytes -= len(unacked.packet) + OVERHEAD
 
     def disconnect(self):
-        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1]"""
+        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1] What was
+        being handed out will be handed out anew."""
         self.connection = None
+        self.wanted = self.begun | self.wanted
         self.keep_to_budget()
         for packet_id, unacked in self.unacked.items():
             packet = bytearray(unacked.packet)
@@ -436,7 +397,8 @@ class Session:
 
     def keep_to_budget(self):
         """An absent client loses its oldest messages; a connected one is dropped."""
-        while self.size() > BUDGET and self.unacked:
+        most = BUDGET if self.connection else BUDGET - LIMIT    # room for its return
+        while self.size() > most and self.unacked:
             if self.connection:
                 return self.connection.drop("acknowledges too little")
             self.forget(next(iter(self.unacked)))
@@ -455,7 +417,6 @@ class Connection(asyncio.Protocol):
         reading --a goodbye, an error, a silence, a takeover--> closed
         any of these --far too much is unsent or unacknowledged--> dropped --> closed
     """
-
     def __init__(self, server):
         self.server = server
         self.session = None         # from CONNECT on
@@ -463,9 +424,9 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = []               # what goes out when the loop comes round,
         self.waiting = 0            # and its bytes
-        self.handout = iter(())     # what is retained, for its new subscriptions
         self.is_blocked = False     # it reads slowly: see pause_writing
-        self.is_ahead = False       # of who gets its messages
+        self.handout = iter(())     # what is retained for its new subscriptions
+        self.pause = 0              # s, before its next packet
         self.turn = None            # a TimerHandle: when it goes on
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
@@ -486,7 +447,6 @@ class Connection(asyncio.Protocol):
         self.work()
 
     def pause_writing(self):
-        """asyncio says that much waits to be sent."""
         self.is_blocked = True
 
     def resume_writing(self):
@@ -495,19 +455,19 @@ class Connection(asyncio.Protocol):
 
     def work(self):
         """Do what there is to do, for a slice of time; then it is the others' turn. Who
-        speaks faster than others can listen must pause after each message."""
+        makes work, or speaks faster than others can listen, must pause after each
+        message."""
         end = monotonic() + SLICE
-        self.is_ahead = False
+        self.pause = 0
         if self.turn:
             self.turn.cancel()      # it has only one at a time
         try:
             while self.do_next():
                 now = monotonic()
                 self.deadline = now + self.patience             # [MQTT-3.1.2-24]
-                if self.is_ahead or now > end:
-                    pause = PAUSE if self.is_ahead else 0
+                if self.pause or now > end:
                     self.transport.pause_reading()
-                    self.turn = self.server.loop.call_later(pause, self.work)
+                    self.turn = self.server.loop.call_later(self.pause, self.work)
                     return
         except ProtocolError as fault:
             why, *code = fault.args
@@ -517,40 +477,57 @@ class Connection(asyncio.Protocol):
         self.transport.resume_reading()
 
     def do_next(self):
-        """One retained message or one packet. Returns whether there was one.
-
-        What is retained comes before any answer to what its subscriber says next: so a
-        station's mark comes back after its old state. (Who is behind must read or
-        acknowledge first; so its packets are handled, and nobody waits for ever.)
-        """
+        """One retained message or one packet. Returns whether there was one. What is
+        retained comes before what its subscriber says next (but for OVERTAKES): so a
+        station's mark comes back after its old state. (But the packets of who is behind
+        come first: its acknowledgements are what lets us go on.)"""
         if self.is_closed:
             return False
-        if self.session and not self.session.is_behind() and next(self.handout, False):
+        session = self.session
+        if session and (session.wanted or session.begun) and self.hand_out():
             return True
         packet = take_packet(self.buffer)
         if packet is None:
             return False
-        if self.session is None:                                # [MQTT-3.1.0-1]
+        if session is None:                                     # [MQTT-3.1.0-1]
             require(packet.kind == CONNECT, "CONNECT must be the first packet")
+        require(packet.kind in self.HANDLERS, "a packet that no client may send")
         self.HANDLERS[packet.kind](self, packet)
         return True
+
+    def hand_out(self):
+        """One retained message. Returns whether there was one to look at now."""
+        kind = self.buffer[0] // 16 if self.buffer else None
+        if kind in OVERTAKES or self.session.is_behind():
+            return False
+        if next(self.handout, False):
+            return True
+        self.handout = self.server.hand_out(self.session)
+        return self.session.wanted
 
     # --- CONNECT, DISCONNECT, PINGREQ
 
     def do_connect(self, packet):
         require(not self.session, "a second CONNECT")           # [MQTT-3.1.0-2]
-        connect = parse_connect(packet)
-        client_id = connect.client_id
-        require(client_id or connect.clean, "no id for its session", 2)  # [-3.1.3-8]
-        require(may_connect(client_id, connect.user, connect.password), "wrong key", 5)
+        require(packet.text() == "MQTT", "not MQTT")            # [MQTT-3.1.2-1]
+        require(packet.byte() == 4, "a version but 3.1.1", 1)   # [MQTT-3.1.2-2]
+        flags = packet.byte()
+        require(not flags & RESERVED, "a reserved flag")        # [MQTT-3.1.2-3]
+        keepalive = packet.number() or math.inf                 # 0: there is none
+        client_id = packet.text()
+        will = take_will(packet, flags)
+        user, password = take_user(packet, flags)
+        packet.end()
+        require(client_id or flags & CLEAN, "no id for its session", 2)  # [-3.1.3-8]
+        require(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
-        if connect.will:
-            require(may_publish(client_id, connect.will.topic, self.server.brokers),
+        if will:
+            require(may_publish(client_id, will.topic, self.server.brokers),
                     "a will in another's name", 5)
-        self.will = connect.will
-        self.patience = 1.5 * connect.keepalive if connect.keepalive else math.inf
-        self.server.open_session(self, client_id, connect.clean)
+        self.will = will
+        self.patience = 1.5 * keepalive
+        self.server.open_session(self, client_id, bool(flags & CLEAN))
 
     def do_disconnect(self, packet):
         packet.end()
@@ -576,8 +553,8 @@ class Connection(asyncio.Protocol):
         require(may_publish(self.session.client_id, topic, self.server.brokers),
                 "publishes in another's name")
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
-            retain = bool(packet.flags & RETAIN)
-            self.is_ahead = self.server.publish(topic, packet.rest(), qos, retain)
+            self.pause = self.server.publish(
+                topic, packet.read(), qos, bool(packet.flags & RETAIN))
         if qos == 1:
             self.send(encode_ack(PUBACK, packet_id))            # [MQTT-4.3.2-2]
         elif qos == 2:
@@ -620,7 +597,6 @@ class Connection(asyncio.Protocol):
             require(qos <= 2, "impossible QoS")                 # [MQTT-3-8.3-4]
             codes.append(self.server.subscribe(self.session, topic_filter, qos))
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
-        self.handout = self.server.hand_out(self.session)
 
     def do_unsubscribe(self, packet):
         """packet identifier | topic filter | topic filter | ..."""
@@ -658,16 +634,14 @@ class Connection(asyncio.Protocol):
         self.waiting = 0
 
     def drop(self, why):
-        """In the middle of a fan-out: from now on nothing goes to this client, but its
-        will waits until all others have the message that was too much for it."""
+        """Called while a message goes to many: from now on nothing goes to this client,
+        but its will waits until all others have the message."""
         self.server.loop.call_soon(self.close, why)
         self.transport.abort()
 
     def close(self, why):
-        """However a connection ends, it ends here, once: the session, then the will.
-
-        The will is published last, so that whoever hears it finds everything in order.
-        """
+        """However a connection ends, it ends here, once. The will is published last, so
+        that whoever hears it finds everything in order."""
         self.flush()
         if self.is_closed:
             return
@@ -678,11 +652,9 @@ class Connection(asyncio.Protocol):
 
 class MqttServer:
     """What the connections share: sessions, subscriptions and retained messages.
-
-    Whoever subscribes has a method `deliver(message, QoS granted)`: a Session, or the
-    fog node, which listens from the inside, without a socket.
-    """
-
+    Whoever subscribes has a method `deliver(message, QoS granted)`, which returns the s
+    for which the publisher must pause: a Session, or the fog node, which listens from
+    the inside, without a socket."""
     def __init__(self, brokers, reserved, tell):
         self.brokers = brokers      # names; below them not everybody may publish
         self.reserved = reserved    # topics whose retained messages always find room
@@ -704,16 +676,14 @@ class MqttServer:
         if clean and client_id in self.sessions:
             self.drop(session)                                  # [MQTT-3.1.2-6]
         present = client_id in self.sessions
-        if not present:
-            session = self.sessions[client_id] = Session(client_id, clean)
+        session = self.sessions.setdefault(client_id, Session(client_id, clean))
         self.absent.pop(session, None)
         session.connection = connection
         connection.session = session
-        connection.handout = self.hand_out(session)
         connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
         for unacked in session.unacked.values():
             connection.send(unacked.packet)
-        self.tell("<-", client_id, "connects again" if present else "connects")
+        self.tell("<-", client_id, "connects")
 
     def close_session(self, connection, why):
         """The client is absent now. Its session stays, unless it is clean; its last
@@ -756,6 +726,7 @@ class MqttServer:
     def unsubscribe(self, session, topic_filter):
         session.filters.remove(topic_filter)
         session.wanted.pop(topic_filter, None)
+        session.begun.pop(topic_filter, None)
         session.filter_bytes -= filter_cost(topic_filter)
         self.tree.remove(topic_filter, session)
 
@@ -763,42 +734,41 @@ class MqttServer:
         """What is retained for new subscriptions; the flag is on. [MQTT-3.3.1-6], 8
 
         One topic at a time: there may be thousands, and in between others have their
-        turn. Each SUBSCRIBE and each connection begins a new hand-out, of all that is
-        not yet done: so some messages may come twice.
-        """
+        turn. What a lost connection had begun begins anew on the next one, so some
+        messages may come twice."""
+        session.begun = session.wanted
+        session.wanted = {}
         filters = MQTTMatcher()
-        for topic_filter in session.wanted:
+        for topic_filter in session.begun:
             filters[topic_filter] = topic_filter
-        topics = session.wanted
+        topics = session.begun
         if WILDCARD.search(" ".join(topics)):
             topics = self.retained                      # any of them may match
         for topic in list(topics):
             message = self.retained.get(topic)
             for topic_filter in filters.iter_match(topic):
-                if message and topic_filter in session.wanted:  # still [-3.10.4-2]
-                    session.deliver(message, session.wanted[topic_filter])
+                if message and topic_filter in session.begun:       # still [-3.10.4-2]
+                    session.deliver(message, session.begun[topic_filter])
             yield True
-        session.wanted.clear()
+        session.begun = {}
 
     def subscribe_inside(self, topic_filter, subscriber):
-        """A subscriber without a socket has just a `deliver`."""
-        self.tree.add(topic_filter, subscriber, 0)
+        self.tree.add(topic_filter, subscriber, 0)      # no session, so nothing is kept
 
     def publish(self, topic, payload, qos=0, retain=False):
-        """To all subscribers; if `retain`, to later ones, too. Returns whether one of
-        them has enough to do already."""
+        """To all subscribers; if `retain`, to later ones, too. Returns the s for which
+        the publisher must pause, as one of them has enough to do already."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
             self.keep(message)
-        return any([subscriber.deliver(message, granted)
-                    for subscriber, granted in self.tree.match(topic).items()])
+        return max([subscriber.deliver(message, granted)
+                    for subscriber, granted in self.tree.match(topic).items()],
+                   default=0)
 
     def keep(self, message):
-        """For later subscribers, in place of the last one. [MQTT-3.3.1-5]
-
-        An empty message only takes the last one away. So does one that finds no room:
-        better none than an old one.
-        """
+        """For later subscribers, in place of the last one. [MQTT-3.3.1-5] An empty
+        message only takes the last one away. So does one that finds no room: better
+        none than an old one."""
         old = self.retained.pop(message.topic, None)
         if old:
             self.retained_bytes -= retained_cost(old)
@@ -872,7 +842,6 @@ class Fog:
     Touched by the loop only; but what runs in other threads (walk_ring, and the last
     section) uses what is made for that: the city, the caller and the story.
     """
-
     def __init__(self, name, city, tell):
         self.loop = asyncio.get_running_loop()
         self.name = name
@@ -894,26 +863,24 @@ class Fog:
         self.walkers = crew(WALKERS)
 
     def attach(self, mqtt):
-        """Subscribe to what the fog node hears, at a server of ours or another's."""
         self.mqtt = mqtt
         for kind, what in self.HEARS:
             mqtt.subscribe_inside(f"{self.name}/{kind}/+/{what}", self)
 
     def deliver(self, message, granted):
-        """What a station or car says: HEARS has the handler for its topic.
-
-        An invalid message is told in one line, and never stops us.
-        """
+        """What a station or car says: HEARS has the handler for its topic. An invalid
+        message is told in one line, and never stops us."""
         _, kind, name, what = message.topic.split("/")
         if message.retain and what in ("request", "answer"):
-            return          # these count when they are said, not when they are repeated
+            return 0        # these count when they are said, not when they are repeated
         try:
             if kind == "stations":
                 need(name in self.states, "not a station of this broker")
-                self.silent.answered(name)      # it, or its last will: ask it again
+                self.silent.answered(name)      # it speaks, so it is asked again
             self.HEARS[kind, what](self, name, message.payload)
         except Invalid as fault:
-            self.tell("<-", name, what, f"is invalid: {fault!s:.99}")
+            self.tell("<-", name, what, f"is invalid: {fault}")
+        return MOMENT if what == "request" else 0
 
     def send(self, topic, message):
         self.mqtt.publish(f"{self.name}/{topic}", to_json(message), qos=1)
@@ -921,22 +888,20 @@ class Fog:
     # --- what cars say
 
     def on_request(self, car, payload):
-        """A task for each request: one that hangs on the cloud holds nobody up. (What
-        it awaits, an answer or a timer, keeps the task; asyncio alone would not.)"""
+        """A task for each request: one that hangs on the cloud holds nobody up. (To
+        asyncio alone tasks are weak references; what it awaits refers to it, too.)"""
         fields = {}
         try:
             fields = read_object(payload) | {"car": car}
-            request = read_request(self.city, fields)
-            self.loop.create_task(self.reply(request))
+            self.loop.create_task(self.reply(read_request(self.city, fields)))
         except Invalid as fault:
-            request_id = fields["id"] if is_id(fields.get("id")) else None
-            reply = refusal(request_id, f"bad request: {fault}", [self.name])
-            self.send(f"cars/{car}/reply", reply)
+            request_id = fields["id"] if ID.holds(fields.get("id")) else None
+            self.send(f"cars/{car}/reply", refusal(
+                request_id, f"bad request: {fault}", [self.name]))
             raise
 
     async def reply(self, request):
-        reply = await self.serve(request)
-        self.send(f"cars/{request['car']}/reply", reply)
+        self.send(f"cars/{request['car']}/reply", await self.serve(request))
 
     def on_car_state(self, car, payload):
         """For people to see. The search does not need it: a request says all."""
@@ -945,7 +910,6 @@ class Fog:
             return          # it has gone to another broker
         state = fit(CAR_STATE, read_object(payload), "state")
         need(state["car"] == car, "not its own state")
-        need(state["at"] in self.city.places, "at a place that is not on the map")
         self.cars[car] = state
         if len(self.cars) > REMEMBERED:
             del self.cars[next(iter(self.cars))]
@@ -966,11 +930,10 @@ class Fog:
         """Who is at a station. Replaced as a whole, so a lost state costs nothing."""
         state = fit(STATE, read_object(payload), "state")
         need(state["station"] == name, "not its own state")
-        need(state["free"] == state["spots"] - len(state["cars"]), "wrongly counted")
         self.states[name] = state
 
     def on_online(self, name, payload):
-        """From the station itself, or, when it has vanished, from its last will."""
+        # It says so itself, or, when it has vanished, its last will does.
         self.online[name] = fit(BOOLEAN, read_json(payload), "online")
         self.tell("<-", name, "is online" if self.online[name] else "is offline")
 
@@ -979,31 +942,28 @@ class Fog:
              ("stations", "online"): on_online}
 
     def is_online(self, name):
-        """It was the last to say so (a last will says no), and it answers claims."""
+        """Its last word (or last will) said so, and it is not left out as silent."""
         return self.online.get(name, False) and not self.silent.is_open(name)
 
     # --- the search
+    #     in_time, search, reserve and claim are coroutines: where one awaits an answer
+    #     the loop does other things. What is awaited is cancelled when its time is up.
 
     async def serve(self, request):
-        """A request of a car of ours; then it is counted."""
+        # It is counted as served here, round the ring, or not at all.
         reply = await self.in_time(REQUEST_WAIT, request["car"], self.search, request)
-        where = "ring"
-        if reply["station"] is None:
-            where = "refused"
-        elif reply["broker"] == self.name:
-            where = "local"
+        where = "refused"
+        if reply["station"]:
+            where = "local" if reply["broker"] == self.name else "ring"
         self.requests[where] += 1
         return reply
 
     async def in_time(self, seconds, who, find, request):
         """One request, from its arrival to its reply: what `find` replies, or "full"
-        when its time is up.
-
-        Too many at once would all be late. So when enough are under way the next one is
-        refused at once (load shedding), and whoever is taken on hears in time.
-        """
-        self.tell("<-", who, request["id"], "asks for a spot at",
-                  f"{request['at']} (range {request['range']:.1f} km)")
+        when its time is up. Too many at once would all be late. So when enough are
+        under way the next one is refused at once (load shedding), and whoever is taken
+        on hears in time."""
+        self.tell("<-", who, request["id"], "asks for a spot at", request["at"])
         reply = refusal(request["id"], "full", [self.name])
         if self.under_way < UNDER_WAY:
             self.under_way += 1
@@ -1027,11 +987,9 @@ class Fog:
         return reply
 
     async def reserve(self, request):
-        """The nearest spot of our own stations, confirmed: an offer, or a refusal.
-
-        One station after the other is asked until one says yes. Most of them are not:
-        our table tells who is full or away. For two silent ones a car can wait.
-        """
+        """The nearest spot of our own stations, confirmed: an offer, or a refusal. One
+        station after the other is asked until one says yes. Most of them are not: our
+        table tells who is full or away. For two silent ones a car can wait."""
         car = request["car"]
         near = self.city.within_range(request["at"], request["range"])
         ours = [name for name in near if name in self.states]
@@ -1051,33 +1009,26 @@ class Fog:
                 return {"id": request["id"], "station": name, "broker": self.name,
                         "route": near[name].route, "km": round(near[name].km, 3),
                         "lease": lease, "asked": [self.name]}
-        reason = "full" if near else "out of range"
-        return refusal(request["id"], reason, [self.name])
+        return refusal(request["id"], "full" if near else "out of range", [self.name])
 
     async def claim(self, name, request):
         """Ask a station for a spot, in the car's name: its lease, or None for a no.
-
         Raises asyncio.TimeoutError if it does not answer. Question and answer are both
-        messages; a future, which on_answer finds by the claim's id, joins them.
-
-        Only CLAIMS at a time (a semaphore, as a bulkhead). The others wait their turn,
-        which does not count as silence; what is known then tells whether to ask at all.
-        """
+        messages; a future, which on_answer finds by the claim's id, joins them. Only
+        CLAIMS at a time (a semaphore, as a bulkhead). The others wait their turn, which
+        does not count as silence; what is known then tells whether to ask at all."""
         car = request["car"]
         async with self.turns[name]:
             state = self.states[name]
-            if state["free"] == 0 and car not in state["cars"]:
-                return None
-            if not self.is_online(name):
+            is_full = state["free"] == 0 and car not in state["cars"]
+            if is_full or not self.is_online(name):
                 return None
             claim_id = f"{request['id']}@{self.name}-{secrets.token_hex(8)}"
             future = self.answers[name, claim_id] = self.loop.create_future()
             self.send(f"cars/{car}/claim/{name}", {"use": "held", "id": claim_id})
             try:
                 answer = await asyncio.wait_for(future, STATION_WAIT)
-                if answer["ok"]:
-                    return answer.get("lease")
-                return None
+                return answer.get("lease") if answer["ok"] else None
             except asyncio.TimeoutError:
                 self.silent.failed(name)
                 self.tell("<-", name, request["id"], "no answer: left out for a while")
@@ -1090,28 +1041,28 @@ class Fog:
         thread of its own."""
         self.tell("->", "cloud", request["id"], "no spot here: who has one?")
         try:
-            question = {"op": "search", "broker": self.name} | request
-            reply = self.caller.ask(self.city.cloud, question, CLOUD_WAIT)
-            return read_reply(self.city, reply, request["id"])
+            answer = self.caller.ask(self.city.cloud, request | {
+                "op": "search", "broker": self.name}, CLOUD_WAIT)
+            return read_reply(self.city, answer, request["id"])
         except (NoAnswer, Invalid) as fault:
             self.tell("<-", "cloud", request["id"], f"{fault}: walks without it")
-        home = self.city.ring.find(self.name)
-        return search(self.city, request, home, self.caller, self.tell)
+        return search(self.city, request, self.city.ring[self.name], self.caller,
+                      self.tell)
 
     # --- what the doors ask for, in the loop
 
     async def give_back(self, car):
-        """Give the car's spots here back. Returns whether it had any.
-
-        They count as free at once, before the station says so itself.
-        """
+        """Give the car's spots here back. Returns the names of their stations. They
+        count as free at once, before the station says so itself."""
         had = [name for name, state in self.states.items() if car in state["cars"]]
         for name in had:
             state = self.states[name]
-            cars = {other: use for other, use in state["cars"].items() if other != car}
-            self.states[name] = state | {"free": state["free"] + 1, "cars": cars}
+            cars = state["cars"].copy()
+            del cars[car]
+            self.states[name] = state | {
+                "free": min(state["spots"], state["free"] + 1), "cars": cars}
             self.send(f"cars/{car}/leave/{name}", {})
-        return bool(had)
+        return had
 
     async def look_around(self):
         """All that this broker knows: the shape is STATUS. A coroutine, though it
@@ -1119,7 +1070,7 @@ class Fog:
         stations = {name: state | {"online": self.is_online(name)}
                     for name, state in self.states.items()}
         return {"broker": self.name, "stations": stations, "cars": dict(self.cars),
-                "requests": dict(self.requests), "events": self.tell.events}
+                "requests": dict(self.requests), "events": list(self.tell.events)}
 
     # --- what runs in the doors' threads: it hands over to the loop
 
@@ -1128,11 +1079,8 @@ class Fog:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def answer(self, request):
-        """The answer to a request over TCP. Raises Invalid.
-
-        For another broker's car we ask nobody else: one walker is enough, and two could
-        send each other round the ring for ever.
-        """
+        """Over TCP. Raises Invalid. For another broker's car we ask nobody else: one
+        walker is enough, and two could send each other round the ring for ever."""
         match request.get("op"):
             case "reserve":
                 request = read_request(self.city, request)
@@ -1146,11 +1094,9 @@ class Fog:
         return self.in_loop(self.look_around())
 
     def post_request(self, car, body):
-        """The same search as over MQTT, for whoever speaks HTTP only."""
-        given = {"id": f"http-{secrets.token_hex(8)}"}      # unless it brings its own
-        fields = given | read_object(body) | {"car": car}
-        request = read_request(self.city, fields)
-        return self.in_loop(self.serve(request))
+        own = {"id": f"http-{secrets.token_hex(8)}"}        # unless it brings one
+        fields = own | read_object(body) | {"car": car}
+        return self.in_loop(self.serve(read_request(self.city, fields)))
 
     def whole_city(self):
         """What the cloud knows of all brokers; without it, what we know: ourselves."""
@@ -1159,11 +1105,11 @@ class Fog:
             answer = self.caller.ask(self.city.cloud, {"op": "city"}, CLOUD_WAIT)
             brokers = fit(CITY, answer, "city")["brokers"]
         except (NoAnswer, Invalid) as fault:
-            trouble = f"no city: {fault!s:.99}"
+            trouble = f"no city: {fault}"
             brokers = {self.name: self.status()}
         self.tell.trouble("<-", "cloud", trouble)
-        known = {"places": self.city.places, "roads": self.city.roads}
-        return {"cloud": trouble == "", "map": known, "brokers": brokers}
+        return {"cloud": trouble == "", "map": {
+            "places": self.city.places, "roads": self.city.roads}, "brokers": brokers}
 
 
 # ===== 4. The doors: TCP for the cloud, HTTP for people ===============================
@@ -1177,7 +1123,6 @@ class Fog:
 # No thread touches the fog's tables. It hands a coroutine to the loop and waits for
 # what comes back, so the tables need no lock here, either.
 
-HTTP_WAIT = 10              # s for a whole HTTP request to come in
 HEADERS = {401: ("WWW-Authenticate", 'Basic realm="city"'),     # of these statuses
            503: ("Retry-After", RETRY_FULL)}
 
@@ -1186,45 +1131,34 @@ class Denied(Exception):
     """An HTTP request is answered with (this status, why)."""
 
 
-class Http(http.server.BaseHTTPRequestHandler):
+class Http(Guest, http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
-
     It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
-    two words at the top say what its own refusals look like.
-    """
-    disable_nagle_algorithm = True
+    two words at the top say what its own refusals look like."""
     error_content_type = "application/json"
     error_message_format = '{"error": "%(explain)s"}'
-
-    def setup(self):
-        super().setup()
-        end = monotonic() + HTTP_WAIT
-        self.rfile = io.BufferedReader(Patience(self.connection, end))
 
     def do(self):
         """First who asks, then for what. Each refusal is raised as Denied, where it is
         found, and answered here."""
-        path, _, _ = self.path.partition("?")
-        levels = [urllib.parse.unquote(level) for level in path.split("/")]
+        levels = [urllib.parse.unquote(level)
+                  for level in self.path.partition("?")[0].split("/")]
         try:
             self.check_host()
             self.check_key()
-            status, answer = self.answer(levels[1:])
+            self.reply(*self.answer(levels[1:]))
         except Denied as fault:
-            status, why = fault.args
-            answer = {"error": why}
+            self.reply(fault.args[0], {"error": fault.args[1]})
         except Invalid as fault:
-            status = 400
-            answer = {"error": str(fault)}
-        self.reply(status, answer)
+            self.reply(400, {"error": str(fault)})
 
     do_GET = do_POST = do_DELETE = do
 
     def check_host(self):
         """Any name but ours is DNS rebinding: a foreign page tries to speak to us."""
-        host = self.headers.get("Host", "localhost")
         try:
-            name = urllib.parse.urlsplit(f"//{host}").hostname
+            host = "//" + self.headers.get("Host", "localhost")
+            name = urllib.parse.urlsplit(host).hostname
             if name not in (self.server.host.lower(), "localhost"):
                 ipaddress.ip_address(name)
         except ValueError:
@@ -1232,12 +1166,11 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def check_key(self):
         """HTTP Basic authentication: any user name, and the key as password."""
-        scheme, _, code = self.headers.get("Authorization", "").partition(" ")
-        user_and_key = ""
-        if scheme.lower() == "basic":
-            with suppress(ValueError):
-                user_and_key = base64.b64decode(code).decode()
-        if not is_key(user_and_key.partition(":")[2]):
+        code = self.headers.get("Authorization", "").partition(" ")[2]
+        key = ""
+        with suppress(ValueError):
+            key = base64.b64decode(code).decode().partition(":")[2]
+        if not is_key(key):
             raise Denied(401, "key")
 
     def answer(self, path):
@@ -1278,15 +1211,9 @@ class Http(http.server.BaseHTTPRequestHandler):
             raise Denied(415, "the body must be application/json")
         if not length.isdecimal():
             raise Denied(400, "Content-Length must say how long the body is")
-        size = int(length[:9])      # no body has more digits
-        if size > LIMIT:
+        if len(length) > 6 or int(length) > LIMIT:
             raise Denied(413, f"the body must be at most {LIMIT} bytes")
-        return self.rfile.read(size)
-
-    def send_response(self, status, message=None):
-        super().send_response(status, message)
-        if status in HEADERS:
-            self.send_header(*HEADERS[status])
+        return self.rfile.read(int(length))
 
     def reply(self, status, answer):
         if isinstance(answer, str):
@@ -1296,6 +1223,8 @@ class Http(http.server.BaseHTTPRequestHandler):
             kind = "application/json"
             body = to_json(answer)
         self.send_response(status)
+        if status in HEADERS:
+            self.send_header(*HEADERS[status])
         if body:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", len(body))
@@ -1362,42 +1291,37 @@ async function tick() { try {
 setTimeout(tick, 1000); } tick();</script></html>"""
 
 # What is drawn, with {} where `fill` puts a text, which it escapes.
-ROAD = '<line class="{look}" x1="{x1}%" y1="{y1}%" x2="{x2}%" y2="{y2}%"/>'
+MIDDLE = {"x": 50, "y": 50}     # for a car at a place that our map lacks
+ROAD = '<line class="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>'
 PLACE = """<svg class="{look}" x="{x}%" y="{y}%"><circle class="land"/>
   <text y="-1.6em">{name} {spots}</text></svg>"""
 CAR = """<g data-car="{car}"
-    style="translate: calc({x}% + {right}em) calc({y}% + {down}em)"><title>{car}: {doing} at {at}, {battery} %</title>
-  <circle class="car"/>
+    style="translate: calc({x}% + {right}em) calc({y}% + {down}em)"
+  ><title>{car}: {doing} at {at}, {battery} %</title><circle class="car"/>
   <circle class="car ring {low}" pathLength="100" stroke-dasharray="{battery} 100"/>
   <text>{sign}</text><text class="name" x="1em">{label}</text></g>"""
-ROW = '<tr class="{look}"><td>{name}<td>{state}<td>{requests}'
+ROW = '<tr class="{look}"><td>{name}<td>{requests}'
 REQUESTS = "local {local} / ring {ring} / refused {refused}"
+# This one is filled with what is filled already.
 VIEW = """<div data-news="{news}"><svg id="map" class="{crowd}">{drawn}</svg>
-  <table>{rows}</table><pre>{events}</pre></div>"""      # filled with what is filled already
+  <table>{rows}</table><pre>{events}</pre></div>"""
 
 
 def fill(template: str, **texts) -> str:
     """The template, with these texts in its blanks. Escaped: they are never HTML."""
-    for key, value in texts.items():
-        texts[key] = html.escape(str(value))
-    return template.format(**texts)
+    return template.format(**{key: html.escape(str(texts[key])) for key in texts})
 
 
-def percent(value: float, values: list[float]) -> float:
-    """Where it lies between the least and the greatest, on a map with a margin."""
-    low = min(values)
-    span = max(values) - low
-    if span == 0:
+def percent(value: float, first: float, last: float) -> float:
+    """Where it lies between the first and the last one, on a map with a margin."""
+    if first == last:
         return 50
-    return round(12 + 76 * (value - low) / span, 1)
+    return round(12 + 76 * (value - first) / (last - first), 1)
 
 
 class Drawing:
     """One look at the city: {"cloud", "map", "brokers"}, as GET /city shows it.
-
-    Positions are in percent of the drawing, so it fits a phone and a projector.
-    """
-
+    Positions are in percent of the drawing, so it fits a phone and a projector."""
     def __init__(self, city):
         self.city = city
         self.places = city["map"]["places"]
@@ -1410,10 +1334,13 @@ class Drawing:
         # A car that two brokers know is alive at one of them, if it is at all.
         known.sort(key=lambda car: car["doing"] != "offline")
         self.cars = {car["car"]: car for car in known}
-        self.at = {}        # place: (x, y) on the drawing, in percent
+        self.at = {}        # place: where it is on the drawing, and what it looks like
         xs, ys = zip(*[place["at"] for place in self.places.values()])
-        for name, x, y in zip(self.places, xs, ys):
-            self.at[name] = percent(x, xs), round(100 - percent(y, ys), 1)
+        for name, place in self.places.items():
+            x, y = place["at"]
+            self.at[name] = {"look": self.look(place["broker"]),
+                             "x": percent(x, min(xs), max(xs)),
+                             "y": percent(y, max(ys), min(ys))}     # y points upwards
 
     def draw(self):
         lost = [name for name, status in self.brokers.items() if status is None]
@@ -1422,30 +1349,24 @@ class Drawing:
         news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
         drawn = [*map(self.draw_road, self.city["map"]["roads"]),
                  *map(self.draw_place, self.places), *self.draw_cars()]
-        crowd = "crowd" if len(self.cars) > CROWD else ""
-        return VIEW.format(news=html.escape(news), crowd=crowd, drawn="".join(drawn),
+        return VIEW.format(news=html.escape(news), drawn="".join(drawn),
+                           crowd="crowd" if len(self.cars) > CROWD else "",
                            rows="".join(map(self.draw_row, self.brokers)),
                            events=html.escape("\n".join(self.events())))
 
     def look(self, broker):
-        """The color of its region, as a CSS class."""
+        # Its region's color, as a CSS class; or gray, where nobody answers.
         if self.brokers.get(broker) is None:
             return "dead"
         return f"b{list(self.brokers).index(broker) % COLORS}"
 
     def draw_road(self, road):
-        a, b = road
-        x1, y1 = self.at[a]
-        x2, y2 = self.at[b]
-        look = self.look(self.places[a]["broker"])
-        return fill(ROAD, look=look, x1=x1, y1=y1, x2=x2, y2=y2)
+        start, end = [self.at[place] for place in road]
+        return fill(ROAD, **start, x2=end["x"], y2=end["y"])
 
     def draw_place(self, name):
-        x, y = self.at[name]
-        place = self.places[name]
-        look = self.look(place["broker"])
-        spots = self.say_spots(name) if "spots" in place else ""
-        return fill(PLACE, look=look, x=x, y=y, name=name[:12], spots=spots)
+        return fill(PLACE, **self.at[name], name=name[:12],
+                    spots=self.say_spots(name) if "spots" in self.places[name] else "")
 
     def say_spots(self, station):
         state = self.states.get(station)
@@ -1456,22 +1377,20 @@ class Drawing:
                 f"□ {state['free']}")
 
     def draw_cars(self):
-        """In columns beside the place where they are."""
+        # In columns beside the place where they are
         here = collections.Counter()
         for name, car in self.cars.items():
             place = car["at"]
             column, row = divmod(here[place], COLUMN)
             here[place] += 1
-            x, y = self.at.get(place, (50, 50))
-            low = "low" if car["battery"] < 25 else ""
-            yield fill(CAR, **car, x=x, y=y, right=4 * column, down=1.6 * row, low=low,
-                       sign=CARS[car["doing"]], label=name[:12])
+            yield fill(CAR, **car, **self.at.get(place, MIDDLE), label=name[:12],
+                       right=4 * column, down=1.6 * row, sign=CARS[car["doing"]],
+                       low="low" if car["battery"] < 25 else "")
 
     def draw_row(self, broker):
         status = self.brokers[broker]
-        requests = REQUESTS.format(**status["requests"]) if status else ""
-        return fill(ROW, look=self.look(broker), name=broker, requests=requests,
-                    state="answers" if status else "no answer")
+        return fill(ROW, look=self.look(broker), name=broker, requests=(
+            REQUESTS.format(**status["requests"]) if status else "no answer"))
 
     def events(self):
         """Of all brokers, the latest first. (They tell no day: around midnight the
@@ -1489,15 +1408,10 @@ class Drawing:
 #     one for each fog    with --external-mqtt: paho's, which hands over to the loop
 
 class ExternalServer:
-    """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho.
-
-    The way to grow past one machine: that server may be as large as it likes, and
-    several brokers may share it, as their topics differ.
-
-    It has the same two methods as MqttServer: paho's thread hands what it hears over to
-    the loop, and may be told to publish.
-    """
-
+    """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho: the way to
+    grow past one machine. Several brokers may share it, as their topics differ. It has
+    the same two methods as MqttServer: paho's thread hands what it hears over to the
+    loop, and may be told to publish."""
     def __init__(self, broker, tell):
         self.tell = tell
         self.loop = asyncio.get_running_loop()
@@ -1515,8 +1429,8 @@ class ExternalServer:
         self.subscriber = subscriber
 
     def on_connect(self, client, data, flags, code, properties):
-        """Each time: a server that was started again knows no subscriptions, and who
-        is not online there is not online."""
+        """Each time: a server that was started again knows no subscriptions, and who is
+        not online there is not online."""
         self.tell("<-", "mqtt", f"the external server says: {code}")
         if not code.is_failure:
             self.loop.call_soon_threadsafe(self.subscriber.online.clear)
@@ -1537,12 +1451,13 @@ async def start_mqtt(broker, city, fog, external):
         fog.attach(server)
         server.client.loop_start()      # paho's thread: it reads and writes the socket
         return
-    reserved = {f"{broker.name}/stations/{station}/state" for station in fog.states}
-    server = MqttServer({other.name for other in city.ring}, reserved, fog.tell)
+    server = MqttServer(set(city.ring), {
+        f"{broker.name}/stations/{station}/state" for station in fog.states}, fog.tell)
     fog.attach(server)
     with listening(broker.host, broker.mqtt, fog.tell) as address:
         door = await server.loop.create_server(
             lambda: Connection(server), address, broker.mqtt, backlog=ACCEPTS)
+    # To asyncio `backlog` is both how many may wait and how many it accepts at a time.
     door.sockets[0].dup().listen(BACKLOG)
     server.loop.create_task(watch(server))
 
@@ -1560,10 +1475,9 @@ async def watch(server):
 def on_loop_fault(loop, context):
     """A bug in a callback of the loop, or in a task, ends the process; a socket that
     fails does not."""
-    message = context["message"]
-    fault = context.get("exception", RuntimeError(message))
+    fault = context.get("exception", RuntimeError(context["message"]))
     if isinstance(fault, OSError):
-        logging.info("%s: %s", message, fault)
+        logging.info("%s: %s", context["message"], fault)
     else:
         crash(fault)
 
@@ -1571,10 +1485,9 @@ def on_loop_fault(loop, context):
 async def serve(names, city, external):
     """These brokers, all in this one loop, until somebody ends it. Their doors answer
     last: whoever comes in finds everything there."""
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(on_loop_fault)
+    asyncio.get_running_loop().set_exception_handler(on_loop_fault)
     for name in names:
-        broker = city.ring.find(name)
+        broker = city.ring[name]
         host, port = broker.address
         fog = Fog(name, city, Story(name))
         doors = [Door(host, port, Lines, fog.answer, fog.tell),
@@ -1582,8 +1495,8 @@ async def serve(names, city, external):
         await start_mqtt(broker, city, fog, external)
         for door in doors:              # a thread each, which waits for guests
             threading.Thread(target=door.serve_forever, daemon=True).start()
-        page = f"http://{host}:{broker.http}/"
-        fog.tell(f"serves MQTT on port {broker.mqtt}, TCP on {port}, people at {page}")
+        fog.tell(f"serves MQTT on port {broker.mqtt}, TCP on {port}, people at "
+                 f"http://{host}:{broker.http}/")
     await asyncio.Event().wait()
 
 
@@ -1593,7 +1506,7 @@ def main():
     parser.add_argument("--external-mqtt", action="store_true",
                         help="use the MQTT server that listens there already")
     args, city = start_up(parser)
-    names = choose_names(args, [broker.name for broker in city.ring], "broker")
+    names = choose_names(args, city.ring, "broker")
     with until_stopped():   # asyncio.run would cancel what the doors' threads wait for
         asyncio.new_event_loop().run_until_complete(
             serve(names, city, args.external_mqtt))

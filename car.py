@@ -1,12 +1,12 @@
 """An electric car: it drives, drains, asks for a spot, goes there, charges, drives on.
 
-           +---------------------------full----------------------------+
-           v                                                           |
-        driving --below 25 %--> asking --an offer--> going ----> charging
-                                  ^ |                  |               |
-                                  | +--refused--> waiting              |
-                                  +--after `retry`-----+               |
-                                  +----------- its spot is lost -------+
+           +--------------------------full---------------------------+
+           v                                                         |
+        driving --below 25 %--> asking --an offer--> going --> charging
+                                ^ ^ |                  |             |
+                                | | +--refused---+     |             |
+                                | +--`retry`-- waiting |             |
+                                +---- the spot is lost +-------------+
 
         CAR --request--> fog --reply--> CAR         where is the nearest free spot?
         CAR --claim--> station                      again and again: I still need it
@@ -14,8 +14,9 @@
         station --state--> CAR                      am I shown there as charging?
 
 A car owns its battery and its plan, and decides at places only. It is connected to one
-broker at a time: that of the region it is in, or the one where its spot is. A broker
-that is back within a lease costs no car its spot.
+broker at a time: that of the region it is in, the one where its spot is, or, if that of
+its region does not answer, the next one. A broker that is back within a lease of the
+car's last claim costs it no spot.
 
     python3 car.py [NAME ...] [--at PLACE] ...      these cars; no name: car1
 
@@ -31,7 +32,7 @@ from contextlib import suppress
 from time import monotonic
 
 from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_stopped
-from ring import PERCENT, fit, is_name, read_object
+from ring import NAME, PERCENT, fit, read_object
 from station import STATE, Client, positive, live_until_stopped
 
 FULL = 60           # km on a full battery
@@ -49,12 +50,9 @@ class Stopped(Exception):
 
 
 class Car(Client):
-    """Touched by its own thread only, the one that runs `live`.
-
-    Each step of its life is a method, which lasts until the next step. All of them pass
-    their time in `pause`, where the connection is looked after and the spot is claimed.
-    """
-
+    """Touched by its own thread only, the one that runs `live`. Each step of its life
+    is a method, which lasts until the next step. All of them pass their time in
+    `pause`, where the connection is looked after and the spot is claimed."""
     def __init__(self, name, city, at, battery, speed, charges):
         super().__init__(name)
         self.city = city
@@ -65,9 +63,7 @@ class Car(Client):
         self.doing = "driving"
         self.request_id = ""
         self.reply = None           # to that request
-        self.reply_due = 0.0        # on the monotonic clock, like the next three
-        self.last_claim = 0.0
-        self.last_news = 0.0
+        self.last_news = 0.0        # on the monotonic clock, like the next one
         self.last_look = monotonic()
         self.offer = None           # the spot that it goes to, or charges at,
         self.watched = ""           # and the topic of its station's state
@@ -75,6 +71,9 @@ class Car(Client):
         self.silent = Breaker()     # for brokers: which are not worth a try now
 
     # --- its life: each step below lasts until the car goes on to the next one
+    #     driving     live -> travel, from place to place
+    #     charging    live -> recharge: ask (or wait), accept, go, charge, give_back
+    #     stopping    whichever it is in, its `pause` raises Stopped
 
     def live(self):
         with suppress(Stopped):
@@ -102,9 +101,8 @@ class Car(Client):
         """From asking for a spot to leaving it with a full battery."""
         while self.battery < 100:
             reply = self.ask()
-            asked = ", ".join(reply["asked"])
-            self.tell("<-", self.broker.name, self.request_id,
-                      f"{outcome(reply)} (asked {asked})")
+            self.tell("<-", self.broker.name, self.request_id, outcome(reply),
+                      f"(asked {', '.join(reply['asked'])})")
             if reply["station"]:
                 self.accept(reply)
                 self.go()
@@ -116,12 +114,10 @@ class Car(Client):
         self.charges -= 1
 
     def ask(self):
-        """Ask for a spot until there is a reply, which may be a refusal.
-
-        To ask again is harmless: the fog finds the spot that we have already.
-        """
+        """Ask for a spot until there is a reply, which may be a refusal. To ask again
+        is harmless: the fog finds the spot that we have already."""
         # A new id, so that a late reply to an earlier request does not count.
-        self.request_id = f"{self.name[:50]}-{random.randrange(10**5, 10**6)}"
+        self.request_id = f"{self.name[:50]}-{random.randrange(1_000_000)}"
         self.reply = None
         self.become("asking")
         self.say_request()
@@ -136,35 +132,31 @@ class Car(Client):
     def wait(self, seconds):
         """As long as the broker has said. The car stands still meanwhile, so its
         battery lasts, however often it is refused."""
-        self.become("waiting", f"{seconds:g} s")
+        self.become("waiting", f"{seconds} s")
         end = monotonic() + seconds
         while monotonic() < end:
             self.pause()
 
     def accept(self, offer):
         """The fog has just made the first claim for us; the next ones are ours."""
-        broker = self.city.ring.find(offer["broker"])
-        route = "-".join(offer["route"])
+        broker = self.city.ring[offer["broker"]]
         self.offer = offer
         self.watched = f"{broker.name}/stations/{offer['station']}/state"
         self.shown = None
-        self.last_claim = monotonic()
+        self.last_claim = monotonic()       # or the fog's, for the first one
         self.connect_to(broker)
         self.subscribe(self.watched)
-        self.become("going", f"{offer['km']} km by {route}")
+        self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
 
     def go(self):
-        """The offered way, as long as the spot is ours."""
         for place in self.offer["route"][1:]:
             if self.offer:
                 self.travel(place)
 
     def charge(self):
-        """Charge while the station says that we do, until we are full.
-
-        What its station shows is the truth: our own belief could be wrong, if a claim
-        came too late. While the broker is away nobody says no, so we go on.
-        """
+        """Charge while the station says that we do, until we are full. What its station
+        shows is the truth: our own belief could be wrong, if a claim came too late.
+        While the broker is away nobody says no, so we go on."""
         self.become("charging", "at", self.at)
         self.claim()
         missing = 0.0               # s here and connected, but not shown as charging
@@ -187,10 +179,8 @@ class Car(Client):
 
     def travel(self, place):
         """Along the road to a place. While we wait for a dead broker we drive on, too.
-
-        The battery never ends on a road: it was enough for this one when we set out.
-        """
-        left = self.city.ways(self.at)[place].km
+        The battery never ends on a road: it was enough for this one when we set out."""
+        left = math.dist(self.city.places[self.at]["at"], self.city.places[place]["at"])
         while True:
             km = min(left, self.pause() * self.speed)
             self.battery = max(0.0, self.battery - km / FULL * 100)
@@ -205,11 +195,9 @@ class Car(Client):
 
     def pause(self):
         """Look after connection and spot for a moment. Returns the seconds gone by.
-
-        Whatever the car does is made of such moments, so it hears and claims always.
-        """
+        Whatever the car does is made of such moments, so it hears and claims always."""
         self.attend()
-        if self.stopping.is_set():
+        if self.is_stopping:
             raise Stopped
         if self.offer:
             self.keep_spot()
@@ -223,6 +211,9 @@ class Car(Client):
         return seconds
 
     # --- its spot: a lease, which ends unless we claim it again
+    #     we claim it     every third of a lease; each second until shown as charging
+    #     it is lost      a lease after the last claim that we could send
+    #     we ask anew     there and connected, but not shown as charging for 3 s
 
     def keep_spot(self):
         """Claim it every third of a lease, so that one claim may be lost or late; more
@@ -247,12 +238,12 @@ class Car(Client):
             self.last_claim = monotonic()
 
     # --- its connection: to one broker at a time
+    #     with a spot     to its station's broker, as long as the spot is not lost
+    #     without one     to that of the region; if it fails twice, to the next one
 
     def connect_to(self, broker):
-        """Leave nothing behind at the old broker, and connect to another one.
-
-        The empty message takes our retained state away; else we would be seen twice.
-        """
+        """Leave nothing behind at the old broker, and connect to another one. The empty
+        message takes our retained state away; else we would be seen twice."""
         if broker is self.broker:
             return
         if self.broker:
@@ -267,10 +258,8 @@ class Car(Client):
         self.connect_to(self.broker.next)
 
     def greet(self):
-        """A broker has let us in: it must hear all that counts (soft state).
-
-        It may be a new one, or have been started again: it knows nothing of us.
-        """
+        """A broker has let us in: it must hear all that counts (soft state). It may be
+        a new one, or have been started again: it knows nothing of us."""
         self.silent.answered(self.broker.name)
         self.tell("->", self.broker.name, f"connected at {self.at}")
         self.subscribe(self.topic("reply"))
@@ -286,15 +275,14 @@ class Car(Client):
         if self.is_up:
             self.tell("->", self.broker.name, self.request_id, "asks for a spot at",
                       f"{self.at} (range {self.range():.1f} km)")
-        request = {"id": self.request_id, "at": self.at, "range": self.range()}
-        self.publish(self.topic("request"), request)
-        self.reply_due = monotonic() + REPLY_WAIT
+        self.publish(self.topic("request"), {
+            "id": self.request_id, "at": self.at, "range": self.range()})
+        self.reply_due = monotonic() + REPLY_WAIT       # then we ask elsewhere
 
     def topic(self, *levels):
         return "/".join([self.broker.name, "cars", self.name, *levels])
 
     def become(self, doing, *where):
-        """Its next step: all who watch may know."""
         self.doing = doing
         self.publish_state()
         if where:
@@ -309,23 +297,19 @@ class Car(Client):
                 "doing": self.doing}
 
     def hear(self, message):
-        """Only note it: the step of its life that waits for it will see it.
-
-        Nothing else happens here, so each step reads from top to bottom, undisturbed.
-        """
+        """Only note it: the step of its life that waits for it will see it. So each
+        step reads from top to bottom, undisturbed."""
         fields = read_object(message.payload)
         if message.topic == self.topic("reply"):
             self.reply = read_reply(self.city, fields, self.request_id)
         elif message.topic == self.watched:
-            state = fit(STATE, fields, "state")
-            self.shown = state["cars"].get(self.name)
+            self.shown = fit(STATE, fields, "state")["cars"].get(self.name)
 
-    def range(self):
-        """The km that it can still drive."""
+    def range(self):        # km
         return self.battery / 100 * FULL
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line():
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", default=["car1"],
                         help="cars (car1)")
@@ -343,16 +327,14 @@ def command_line() -> argparse.ArgumentParser:
 def main():
     parser = command_line()
     args, city = start_up(parser)
-    [first, *_] = city.places
-    at = args.at or first
+    at = args.at or next(iter(city.places))     # the first one of the file
     if at not in city.places:
         give_up(f"{args.config}: there is no place {at!a}")
-    if not PERCENT.holds(args.battery) or args.charges < 1:
-        parser.error("--battery is 0 to 100, --charges 1 or more")
+    if not PERCENT.holds(args.battery):
+        parser.error("--battery is 0 to 100")
     cars = []
     for name in dict.fromkeys(args.names):      # each of them once
-        taken = name in city.places or city.ring.find(name)
-        if taken or not is_name(name):
+        if name in city.places or name in city.ring or not NAME.holds(name):
             give_up(f"{args.config}: {name!a} cannot be the name of a car here")
         cars.append(Car(name, city, at, args.battery, args.speed, args.charges))
     with until_stopped():

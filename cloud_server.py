@@ -34,7 +34,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from time import monotonic, strftime
 
-from ring import (BROKER_WAIT, ID, KM, NAME, SERVERS, Broker, City, Invalid, Kind, fit,
+from ring import (BROKER_WAIT, ID, KM, NAME, SERVERS, City, Invalid, Kind, fit,
                   load, need, number, read_object, to_json, walk)
 
 try:
@@ -45,13 +45,13 @@ except ImportError:     # Windows does not count file descriptors
 KEY = os.environ.get("EV_KEY", "")  # set on every part, it closes every door
 LIMIT = 64 * 1024   # bytes of a line, an HTTP body, an MQTT packet
 ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many cars
-FIRST_WAIT = 10     # s for the first good question: a guest without the key has no more
+GUEST_WAIT = 10     # s for a guest's first question; without the key it has no more
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
 THREADS = 2000      # of one process; who comes when there are more is turned away
 SPARE_FILES = 32    # descriptors kept for what is not a guest
-PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5: the third of
-                    # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
+PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5, for the third
+                    # of three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
 FIRST_PAUSE = 10    # s for which somebody silent is left out; then twice as long ...
 LONGEST_PAUSE = 80  # ... but never longer than this
 KEPT = 8            # idle connections to one address
@@ -84,14 +84,11 @@ class Story:
         tell("listens on port 5555")              12:00:00  cloud     listens ...
         tell("->", "server2", "car1-7", "...")    12:00:01  cloud     -> server2  car1-7
 
-    Any thread may tell something. `lock` guards `events` while a line is added: it is
-    replaced as a whole, so that to read it needs no lock.
+    Any thread may tell something: to append to a deque, or copy it, needs no lock.
     """
-
     def __init__(self, who):
         self.who = who
-        self.lock = threading.Lock()
-        self.events = []        # the latest lines
+        self.events = collections.deque(maxlen=50)      # the latest lines
         self.troubles = {}      # with whom: what was told of it last; see `trouble`
 
     def __call__(self, *words):
@@ -102,8 +99,7 @@ class Story:
         if not text.isprintable():      # a client id from the network may hold anything
             text = text.encode("unicode_escape").decode()
         line = f"{strftime('%H:%M:%S')}  {self.who:<8}  {text}"
-        with self.lock:
-            self.events = [*self.events[-49:], line]
+        self.events.append(line)
         logging.info(line)
 
     def trouble(self, arrow, whom, what):
@@ -113,11 +109,9 @@ class Story:
         self.troubles[whom] = what
 
 
-def start_up(parser: argparse.ArgumentParser):
+def start_up(parser):
     """What every script begins with: options, log, signals, the key, servers.json.
-
-    Returns (the options, the City).
-    """
+    Returns (the options, the City)."""
     if sys.stdout is None:              # it was closed before we began
         sys.stdout = open(os.devnull, "w")
     parser.add_argument("--config", metavar="FILE", default=SERVERS,
@@ -137,8 +131,7 @@ def start_up(parser: argparse.ArgumentParser):
         give_up(fault)
 
 
-def choose_names(args, known: list[str], what: str) -> list[str]:
-    """The names on the command line, each once; without any, all that are known."""
+def choose_names(args, known, what):
     if not known:
         give_up(f"{args.config}: there is no {what}")
     for name in args.names:
@@ -156,7 +149,7 @@ def check_key():
 
 
 def raise_file_limit():
-    """Each connection takes a file descriptor: allow as many as the system does."""
+    # Each connection takes a file descriptor: allow as many as the system does.
     if resource is None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -171,30 +164,26 @@ def give_up(why):
     sys.exit(2)
 
 
-def crash(fault: BaseException):
-    """A bug in a part's own thread or loop ends the process (fail-fast).
-
-    The others know what to do when a part is gone; one that only looks alive would keep
-    them waiting.
-    """
+def crash(fault):
+    """A bug in a part's own thread or loop ends the process (fail-fast): the others
+    know what to do when a part is gone, but would wait for one that only looks
+    alive."""
     traceback.print_exception(fault)
     os._exit(1)
 
 
 @contextmanager
 def until_stopped():
-    """Runs its block to the end, or until Ctrl-C or SIGTERM; then exit status 0.
-
-    At once: no thread that still waits for a silent peer may keep us.
-    """
+    """Runs its block to the end, or until Ctrl-C or SIGTERM; then exit status 0, at
+    once: no thread that still waits for a silent peer may keep us."""
     with suppress(KeyboardInterrupt):
         yield
     os._exit(0)
 
 
 def crew(size):
-    """A pool of threads that all start now, so that none can be lacking later: they
-    wait for each other at a barrier, as a pool starts one only if no other is idle."""
+    """A pool of threads that all start now, so that none can be lacking later. (A pool
+    starts one only if no other is idle: so they all wait for each other first.)"""
     pool = concurrent.futures.ThreadPoolExecutor(size)
     barrier = threading.Barrier(size)
     for _ in range(size):
@@ -204,21 +193,17 @@ def crew(size):
 
 # --- A TCP server that bad guests cannot hurt -----------------------------------------
 
-def resolve(host: str) -> str:
-    """The one address that servers and clients use: IPv4 if the host has one.
-
-    (Where "localhost" has two, a client that tries both loses time with the wrong one.)
-    """
+def resolve(host):
+    """The one address that servers and clients use: IPv4 if the host has one. (Where
+    "localhost" has two, a client that tries both loses time with the wrong one.)"""
     addresses = [info[-1][0] for info in socket.getaddrinfo(host, None)]
     return min(addresses, key=lambda address: ":" in address)
 
 
 @contextmanager
 def listening(host, port, tell):
-    """For the block that opens a port: the address to listen on.
-
-    Warns of an open door; a port that cannot be had is exit status 2 and one line.
-    """
+    """For the block that opens a port: the address to listen on. Warns of an open door;
+    a port that cannot be had is exit status 2 and one line."""
     try:
         address = resolve(host)
         if KEY == "" and not ipaddress.ip_address(address).is_loopback:
@@ -229,20 +214,18 @@ def listening(host, port, tell):
                 "running already? End what uses the port, or edit servers.json")
 
 
-def has_room(connection: socket.socket) -> bool:
+def has_room(connection):
     """A new descriptor gets the lowest free number, so it tells how many are left."""
     if resource is None:
         return True
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return connection.fileno() < limit - SPARE_FILES
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES
+    return connection.fileno() < most
 
 
 class Door(socketserver.ThreadingTCPServer):
-    """Serves whoever connects, one thread per connection, with `handler`.
-
-    The threads share nothing but `desk`, which must bear being asked by many at a time.
-    (For `Lines` it is a function: request -> answer; for HTTP it is the fog node.)
-    """
+    """Serves whoever connects, one thread per connection, with `handler`. The threads
+    share nothing but `desk`, which must bear being asked by many at a time: for `Lines`
+    a function, request -> answer; for HTTP the fog node."""
     daemon_threads = True
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"    # on Windows two could share a port
@@ -277,8 +260,7 @@ class Door(socketserver.ThreadingTCPServer):
 
 class Patience(io.RawIOBase):
     """A socket to read from until `end`, however slowly its bytes drip in."""
-
-    def __init__(self, connection: socket.socket, end: float = 0.0):
+    def __init__(self, connection, end):
         self.connection = connection
         self.end = end      # on the monotonic clock
 
@@ -297,22 +279,27 @@ class Patience(io.RawIOBase):
         super().close()
 
 
-class Lines(socketserver.StreamRequestHandler):
-    """A conversation: a line of JSON comes in, a line of JSON goes out."""
+class Guest(socketserver.StreamRequestHandler):
+    """Whoever connects to a door. What it has to say must come in time: a deadline for
+    all of it (for each whole line, see Lines), as a time-out for each byte would let
+    one who drips stay for ever."""
     disable_nagle_algorithm = True      # or an answer may wait 40 ms for the peer's ACK
 
     def setup(self):
         super().setup()
-        self.rfile = io.BufferedReader(Patience(self.connection))
+        self.rfile = io.BufferedReader(
+            Patience(self.connection, monotonic() + GUEST_WAIT))
 
+
+class Lines(Guest):
+    """A conversation: a line of JSON comes in, a line of JSON goes out."""
     def handle(self):
         """Answer each line. After one without the key we hang up, and after one that is
         no JSON object: it may be an HTTP request, which a foreign web page has made a
         browser send here, and the next line may be what that page wants to tell us."""
-        wait = FIRST_WAIT
+        wait = GUEST_WAIT
         is_ours = True
         while is_ours:
-            self.rfile.raw.end = monotonic() + wait
             line = self.rfile.readline(LIMIT + 1)
             if not line.endswith(b"\n"):
                 break                   # that was all, or it is too long
@@ -324,10 +311,11 @@ class Lines(socketserver.StreamRequestHandler):
                 answer = self.server.desk(request)
                 wait = LINE_WAIT
             except Invalid as fault:
-                who = self.client_address[0]
-                self.server.tell("<-", who, f"invalid message: {fault!s:.99}")
+                self.server.tell("<-", self.client_address[0],
+                                 f"invalid message: {fault}")
                 answer = {"error": str(fault)}
             self.wfile.write(to_json(answer) + b"\n")
+            self.rfile.raw.end = monotonic() + wait
 
 
 # --- The other end: asking questions --------------------------------------------------
@@ -345,15 +333,10 @@ NEVER = 0.0, FIRST_PAUSE    # left out until then; the next time for so many sec
 
 
 class Breaker:
-    """A circuit breaker: it leaves out whoever left a question unanswered.
-
-    First for 10 s; each time that it happens again, for twice as long, at most 80 s;
-    once it has answered, 10 s again. So one who hangs costs one wait, not one a car.
-
+    """A circuit breaker: it leaves out whoever left a question unanswered, first for 10
+    s, then for twice as long each time, at most 80 s; once it has answered, 10 s again.
     Used by many threads, without a lock: an entry is replaced as a whole, and those who
-    find at the same moment that a time is up write the same.
-    """
-
+    find at the same moment that a time is up write the same."""
     def __init__(self):
         self.silent = {}    # who: (left out until, for how long the next time)
 
@@ -373,20 +356,17 @@ class Breaker:
 
 
 class Caller:
-    """Asks other parts' doors, for many threads.
-
-    Some connections are kept open for the next question, whoever asks it: to open one
-    costs more than to ask. Threads may take them from a deque, and put them back, at
-    the same time; where there are KEPT already the oldest one is closed.
-    """
-
+    """Asks other parts' doors, for many threads. Some connections are kept open for the
+    next question, as to open one costs more than to ask. Threads may take them from a
+    deque, and put them back, at the same time; if there are KEPT already, the oldest is
+    closed."""
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
         self.kept = collections.defaultdict(    # address: connections, all idle
             lambda: collections.deque(maxlen=KEPT))
 
-    def ask(self, address: tuple[str, int], request: dict, seconds: float) -> dict:
-        """The answer to a request. Raises NoAnswer."""
+    def ask(self, address, request, seconds):
+        # Whatever goes wrong is raised as NoAnswer, with the true cause.
         if self.breaker.is_open(address):
             raise NoAnswer("left out, as it was silent")
         try:
@@ -395,10 +375,8 @@ class Caller:
             if seconds >= PROOF:
                 self.breaker.failed(address)
             raise NoAnswer(f"no answer in {seconds:.1f} s") from None
-        except OSError as fault:
-            raise NoAnswer(f"no connection ({fault})") from None
-        except Invalid as fault:
-            raise NoAnswer(f"a malformed answer ({fault})") from None
+        except (OSError, Invalid) as fault:
+            raise NoAnswer(f"no good answer ({fault})") from None
         self.breaker.answered(address)
         if "error" in answer:
             raise NoAnswer(f"refused ({answer['error']!s:.99}); for \"key\" see EV_KEY")
@@ -417,11 +395,12 @@ class Caller:
         host, port = address
         connection = socket.create_connection((resolve(host), port), seconds)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        fresh = io.BufferedReader(Patience(connection))
+        fresh = io.BufferedReader(Patience(connection, end))
         return self.converse(address, fresh, line, end)
 
     def converse(self, address, reader, line, end):
-        """It is kept for the next time only if it has answered: else it is closed."""
+        """It is kept for the next time only if it has answered. (Else nobody refers to
+        it any more, and Python closes it.)"""
         reader.raw.end = end
         reader.raw.connection.sendall(line)
         answer = reader.readline(ANSWER_LIMIT)
@@ -432,6 +411,8 @@ class Caller:
 
 
 # --- Requests and replies -------------------------------------------------------------
+# What a car asks for, and what it may be told. Whoever reads one checks it, and raises
+# Invalid: so a broker that answers nonsense is skipped like one that does not answer.
 
 SECONDS = number("a number of seconds", 0.001, 1e6)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
@@ -443,45 +424,38 @@ REFUSAL = {"id": ID, "station": (NAME,), "reason": TEXT, "retry": SECONDS,
 
 
 def read_request(city: City, fields: dict) -> dict:
-    """A car's request for a spot, as REQUEST. Raises Invalid."""
     request = fit(REQUEST, fields, "request")
     need(request["at"] in city.places, "request.at must be a place on the map")
     return request
 
 
 def read_reply(city: City, fields: dict, request_id: str) -> dict:
-    """The reply to that request: an offer, or a refusal. Raises Invalid."""
     need(fields.get("id") == request_id, "not a reply to this request")
     if fields.get("station") is None:
         return fit(REFUSAL, fields, "refusal")
     offer = fit(OFFER, fields, "offer")
-    stations = city.stations(offer["broker"])
-    need(offer["station"] in stations, "offer.station is not known")
+    need(offer["station"] in city.stations(offer["broker"]),
+         "offer.station is not known")
     need(city.places.keys() >= set(offer["route"]), "offer.route leads off the map")
     return offer
 
 
 def refusal(request_id: str | None, reason: str, asked: list[str]) -> dict:
-    """A reply that promises nothing."""
     retry = RETRY_FULL if reason == "full" else RETRY_OTHER
     return {"id": request_id, "station": None, "reason": reason, "retry": retry,
             "asked": asked}
 
 
 def outcome(reply: dict) -> str:
-    """A reply in the words of the log."""
     if reply["station"]:
         return f"yes, at {reply['station']}"
     return reply["reason"]
 
 
-def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dict:
-    """Walk the ring for a car, from the broker after its own: an offer or a refusal.
-
-    A broker that does not answer in time is skipped, but stands in `asked`; one whose
-    breaker is open is not even asked.
-    """
-    question = {"op": "reserve"} | request
+def search(city, request, home, caller, tell):
+    """Walk the ring for a car, from the broker after its own: an offer or a refusal. A
+    broker that does not answer in time is skipped, but stands in `asked`; one whose
+    breaker is open is not even asked."""
     request_id = request["id"]
     asked = []
     for broker, seconds in walk(home):
@@ -490,7 +464,7 @@ def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dic
         asked.append(broker.name)
         tell("->", broker.name, request_id, "a spot for", request["car"])
         try:
-            answer = caller.ask(broker.address, question, seconds)
+            answer = caller.ask(broker.address, {"op": "reserve"} | request, seconds)
             reply = read_reply(city, answer, request_id)
         except (NoAnswer, Invalid) as fault:
             tell("<-", broker.name, request_id, f"skipped: {fault}")
@@ -506,15 +480,13 @@ def search(city: City, request: dict, home: Broker, caller: Caller, tell) -> dic
 class Cloud:
     """Answers brokers, in a thread for each connection. They share the city, which
     nobody changes, and what many may use at once: story, caller and pollsters."""
-
-    def __init__(self, city: City, tell: Story):
+    def __init__(self, city, tell):
         self.city = city
         self.tell = tell
         self.caller = Caller()
         self.pollsters = crew(POLLSTERS)
 
     def answer(self, request):
-        """The answer to a request. Raises Invalid."""
         match request.get("op"):
             case "search":
                 return self.do_search(request)
@@ -524,7 +496,7 @@ class Cloud:
 
     def do_search(self, fields):
         request = read_request(self.city, fields)
-        home = self.city.ring.find(fields.get("broker"))
+        home = self.city.ring.get(str(fields.get("broker")))
         need(home, "request.broker must be the name of a broker")
         self.tell("<-", home.name, request["id"], "wants a spot near", request["at"])
         if not self.city.within_range(request["at"], request["range"]):
@@ -533,10 +505,10 @@ class Cloud:
 
     def do_city(self):
         """What every broker says of itself, all asked at once; None: no answer."""
-        return {"brokers": dict(self.pollsters.map(self.ask_status, self.city.ring))}
+        return {"brokers": dict(self.pollsters.map(
+            self.ask_status, self.city.ring.values()))}
 
     def ask_status(self, broker):
-        """(its name, its status)"""
         trouble = ""
         status = None
         try:
@@ -551,9 +523,8 @@ def main():
     parser = argparse.ArgumentParser(description="The cloud of the charging city.")
     _, city = start_up(parser)
     tell = Story("cloud")
-    cloud = Cloud(city, tell)
     host, port = city.cloud
-    door = Door(host, port, Lines, cloud.answer, tell)
+    door = Door(host, port, Lines, Cloud(city, tell).answer, tell)
     tell(f"listens on {host} port {port}")
     with until_stopped():
         door.serve_forever()

@@ -25,7 +25,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 SERVERS = Path(__file__).with_name("servers.json")
 BROKER_WAIT = 1.5   # s for one broker's answer: its own stations may take 1 s of them
@@ -35,8 +35,7 @@ WALK_WAIT = 3.5     # s for a whole walk
 # --- The circular linked list ---------------------------------------------------------
 
 class Broker:
-    """One node of the ring: a broker's name, its addresses, and the next broker."""
-
+    """One node of the ring."""
     def __init__(self, name, host, mqtt, http, tcp):
         self.name = name
         self.host = host
@@ -53,32 +52,15 @@ class Broker:
             node = node.next
 
 
-class Ring:
-    """A circular linked list of brokers. Iterating goes round once, from the first."""
-
-    def __init__(self):
-        self.last = None
-
-    def append(self, broker):
-        """Put the broker between the last one and the first, the last one's next."""
-        if self.last:
-            broker.next = self.last.next
-            self.last.next = broker
-        self.last = broker
-
-    def __iter__(self):
-        yield from self.last.others()
-        yield self.last
-
-    def find(self, name):
-        """The broker of this name, or None."""
-        for broker in self:
-            if broker.name == name:
-                return broker
-        return None
+def link(brokers):
+    """Make a circular linked list of these brokers. Returns {name: broker}, in the same
+    order."""
+    for n, broker in enumerate(brokers):
+        brokers[n - 1].next = broker        # before the first one comes the last one
+    return {broker.name: broker for broker in brokers}
 
 
-def walk(home: Broker) -> Iterator[tuple[Broker, float]]:
+def walk(home):
     """Each other broker, and the seconds for which to wait for its answer, until
     WALK_WAIT is over. Whoever walks stops when one offers a spot."""
     end = monotonic() + WALK_WAIT
@@ -105,7 +87,6 @@ class Invalid(Exception):
 
 
 class Kind(NamedTuple):
-    """The shape of one value."""
     words: str          # what it must be, for the error message
     holds: Callable     # the test: value -> bool
 
@@ -117,9 +98,7 @@ def need(condition, why: str):
 
 def fit(shape, value, what: str):
     """`value`, reduced to what its shape knows. Raises Invalid, which names the fault.
-
-    This checks untrusted input. Our own invariants are covered by tests.
-    """
+    This checks untrusted input; our own invariants are covered by tests."""
     if isinstance(shape, Kind):
         if not shape.holds(value):      # (so no text is made where all is well)
             raise Invalid(f"{what} must be {shape.words}")
@@ -148,14 +127,11 @@ def fit(shape, value, what: str):
 
 def read_json(text: bytes, pairs=None):
     """The value of a JSON text in UTF-8. Raises Invalid for whatever is not one.
-
-    `pairs` makes something else than a dict of an object's (key, value) pairs.
-    """
+    `pairs` makes something else than a dict of an object's (key, value) pairs."""
     try:
         return json.loads(str(text, "utf-8"), object_pairs_hook=pairs)
-    except RecursionError:
-        raise Invalid("not JSON: nested too deep") from None
-    except ValueError as fault:     # bad UTF-8, bad JSON, a number of 5,000 digits
+    except (ValueError, RecursionError) as fault:
+        # Bad UTF-8, bad JSON, a number of 5,000 digits; or it is nested too deep.
         raise Invalid(f"not JSON: {fault}") from None
 
 
@@ -172,20 +148,16 @@ def to_json(value) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
-def is_id(text, longest=64) -> bool:
-    """Printable text. (Control characters and lone surrogates are not printable.)"""
-    if not isinstance(text, str):
-        return False
-    if not 1 <= len(text) <= longest:
-        return False
-    return text.isprintable()
-
-
-def is_name(text) -> bool:
-    """A name becomes a level of MQTT topics, a client id, and a word in the log."""
-    if not is_id(text):
-        return False
-    return "/" not in text and "+" not in text and "#" not in text
+def printable(words: str, longest: int, without="") -> Kind:
+    """Text without control characters or lone surrogates: they are not printable."""
+    def is_printable(value):
+        if not isinstance(value, str) or not 1 <= len(value) <= longest:
+            return False
+        for character in without:
+            if character in value:
+                return False
+        return value.isprintable()
+    return Kind(words, is_printable)
 
 
 def number(words: str, low: float, high: float, types=(int, float)) -> Kind:
@@ -204,8 +176,9 @@ def one_of(*texts: str) -> Kind:
     return Kind(" or ".join(texts), lambda value: value in texts)
 
 
-NAME = Kind("a name: 1 to 64 printable characters without / + #", is_name)
-ID = Kind("1 to 64 printable characters", is_id)
+# A name becomes a level of MQTT topics, a client id, and a word in the log.
+NAME = printable("a name: 1 to 64 printable characters without / + #", 64, "/+#")
+ID = printable("1 to 64 printable characters", 64)
 KM = number("a number of km", 0, 1e9)
 PERCENT = number("a number from 0 to 100", 0, 100)
 COUNTER = whole(0, 2**53)
@@ -216,9 +189,8 @@ SPOTS = whole(1, 200)
 
 def is_host(text) -> bool:
     with suppress(UnicodeError):
-        if is_id(text, 253):
-            text.encode("idna")
-            return True
+        if isinstance(text, str) and text.isprintable():
+            return text.encode("idna") != b""
     return False
 
 
@@ -227,54 +199,54 @@ HOST = Kind("a host name or an address", is_host)
 PORT = whole(1, 65535)
 FILE = {    # servers.json
     "cloud": {"host": HOST, "port": PORT},
-    "brokers": [{"name": NAME, "host": HOST,
-                 "mqtt": PORT, "http": PORT, "tcp": PORT}],
-    "places": {NAME: {"at": [COORDINATE], "broker": NAME, "spots?": SPOTS}},
+    "brokers": [{
+        "name": NAME,
+        "host": HOST,
+        "mqtt": PORT,       # its ports
+        "http": PORT,
+        "tcp": PORT,
+    }],
+    "places": {NAME: {
+        "at": [COORDINATE],
+        "broker": NAME,
+        "spots?": SPOTS,    # this makes a station of it
+    }},
     "roads": [[NAME]],
 }
 
 
 class Way(NamedTuple):
-    """The shortest way to a place."""
     km: float
     route: list[str]    # from the start to the place: ["A", "C", "P3"]
 
 
 class City:
-    """What servers.json says. Nobody ever changes it, so every thread may read it.
-
-    (A cache may be filled by two threads at once. It is still the same answer.)
-    """
-
-    def __init__(self, data: dict):
+    """What servers.json says. Nobody ever changes it, so every thread may read it. (Two
+    may fill a cache at once: it is the same answer.)"""
+    def __init__(self, data):
         cloud = data["cloud"]
         self.cloud = cloud["host"], cloud["port"]       # its address
         self.places = data["places"]    # {"P1": {"at": [1, 1], "broker": "server1", ...
         self.roads = data["roads"]      # [["A", "P1"], ...]
-        self.ring = Ring()
-        for entry in data["brokers"]:
-            self.ring.append(Broker(**entry))
+        self.ring = link([Broker(**entry) for entry in data["brokers"]])
         # Each place's neighbours, and how far they are (km; roads are straight).
         self.neighbours = {place: {} for place in self.places}
         for a, b in self.roads:
-            start = self.places[a]["at"]
-            end = self.places[b]["at"]
-            km = math.dist(start, end)
-            self.neighbours[a][b] = km
-            self.neighbours[b][a] = km
+            km = math.dist(self.places[a]["at"],
+                           self.places[b]["at"])
+            self.neighbours[a][b] = self.neighbours[b][a] = km
 
     def broker_of(self, place):
-        return self.ring.find(self.places[place]["broker"])
+        return self.ring[self.places[place]["broker"]]
 
-    def stations(self, broker=None) -> list[str]:
+    def stations(self, broker=None):
         """The names of the stations, of all or of one broker's region."""
         return [name for name, place in self.places.items()
                 if "spots" in place and broker in (None, place["broker"])]
 
-    @functools.cache    # the roads never change, so each start is searched from once
-    def ways(self, start: str) -> dict[str, Way]:
+    def ways(self, start):
         """Dijkstra's algorithm: the shortest way from `start` to each place that can be
-        reached, the nearest place first: {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
+        reached, the nearest place first."""
         found = {}
         frontier = [Way(0.0, [start])]      # a heap: its least tuple, the shortest way
         while frontier:
@@ -288,17 +260,23 @@ class City:
                 heapq.heappush(frontier, Way(way.km + km, route))
         return found
 
-    def within_range(self, start: str, km: float) -> dict[str, Way]:
-        """The stations that are at most so many km away, the nearest first."""
+    @functools.cache    # the roads never change, so each start is searched from once
+    def ways_to_stations(self, start):
         return {place: way for place, way in self.ways(start).items()
-                if way.km <= km and "spots" in self.places[place]}
+                if "spots" in self.places[place]}
+
+    def within_range(self, start, km):
+        """The ways to the stations that are at most so many km away, the nearest first:
+        {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
+        ways = self.ways_to_stations(start)
+        return {name: way for name, way in ways.items() if way.km <= km}
 
 
-def load(path) -> City:
+def load(path):
     """Read and check a servers.json. Raises Invalid, which names the file and fault."""
     try:
-        text = Path(path).read_bytes()
-        data = fit(FILE, read_json(text, unique_keys), "the file")
+        data = fit(FILE, read_json(Path(path).read_bytes(), unique_keys),
+                   "the file")
         check_city(data)
     except (OSError, Invalid) as fault:
         raise Invalid(f"{path}: {fault}") from None
@@ -319,13 +297,16 @@ def check_city(data: dict):
     need(brokers, "there are no brokers")
     need(places, "there are no places")
     for name in brokers:
-        need(brokers.count(name) == 1, f"broker {name} is given twice")
+        need(brokers.count(name) == 1,
+             f"broker {name} is given twice")
         need(name not in places, f"{name} is a broker and a place")
     for name, place in places.items():
         need(len(place["at"]) == 2,
              f"place {name}: at must be two numbers")
-        need(place["broker"] in brokers, f"place {name}: its broker is unknown")
+        need(place["broker"] in brokers,
+             f"place {name}: its broker is unknown")
     for road in data["roads"]:
         ends = set(road)
-        need(len(road) == len(ends) == 2, f"a road must join two places: {road}")
+        need(len(road) == len(ends) == 2,
+             f"a road must join two places: {road}")
         need(ends <= places.keys(), f"a road to nowhere: {road}")

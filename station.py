@@ -32,22 +32,22 @@ from paho.mqtt import client as paho
 
 from cloud_server import (KEY, SECONDS, Story, choose_names, give_up, mqtt_password,
                           resolve, start_up, until_stopped)
-from ring import (COUNTER, NAME, SPOTS, Invalid, Kind, fit, is_id, one_of, read_object,
-                  to_json, whole)
+from ring import (COUNTER, NAME, SPOTS, Invalid, Kind, fit, one_of, printable,
+                  read_object, to_json)
 
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
 TURN = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
-FROZEN = 1          # s for one such look: this process did not run, or could not
+FROZEN = 1          # s; if one such look takes longer, this process was frozen
 KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
 GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
 
 USE = one_of("held", "charging")
-CLAIM_ID = Kind("1 to 200 printable characters", lambda value: is_id(value, 200))
+CLAIM_ID = printable("1 to 200 printable characters", 200)
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 CLAIM = {"use": USE, "id?": CLAIM_ID}
 ANSWER = {"id": CLAIM_ID, "car": NAME, "ok": BOOLEAN, "lease?": SECONDS}
-STATE = {"station": NAME, "spots": SPOTS, "free": whole(0, 200), "cars": {NAME: USE},
+STATE = {"station": NAME, "spots": SPOTS, "free": COUNTER, "cars": {NAME: USE},
          "life": COUNTER}
 
 
@@ -56,7 +56,7 @@ STATE = {"station": NAME, "spots": SPOTS, "free": whole(0, 200), "cars": {NAME: 
 # a station's or car's thread lets it work, again and again (`loop`). So a message is
 # handled between two steps of that thread, and never in the middle of one: no locks.
 
-def mqtt_client(client_id: str) -> paho.Client:
+def mqtt_client(client_id):
     """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
     client.on_socket_open = lambda client, data, sock: sock.setsockopt(
@@ -77,19 +77,16 @@ class Client:
     Each connection has a paho client of its own, so that nothing unsent of the last one
     comes back later. All of this lives in one thread, the one that runs `live`.
     """
-
     def __init__(self, name):
         self.name = name
         self.tell = Story(name)
-        self.stopping = threading.Event()       # set by the main thread
+        self.is_stopping = False    # the main thread says when
         self.broker = None
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
-        self.last = None        # what was published last
         self.inbox = []         # messages that have come in in paho's `loop`
 
     def aim_at(self, broker, will_topic, will):
-        """From now on connect to this broker, with this last will."""
         self.close()
         self.broker = broker
         self.will = will_topic, to_json(will)
@@ -98,9 +95,7 @@ class Client:
 
     def attend(self):
         """Let paho send and receive for a moment, or connect; then hear what came in.
-
-        An invalid message changes nothing.
-        """
+        An invalid message changes nothing."""
         if self.mqtt:
             self.work()
         elif monotonic() < self.next_try:
@@ -112,7 +107,7 @@ class Client:
             try:
                 self.hear(message)
             except Invalid as fault:
-                self.tell("<-", message.topic, f"invalid message: {fault!s:.99}")
+                self.tell("<-", message.topic, f"invalid message: {fault}")
 
     def connect(self):
         client = mqtt_client(self.name)
@@ -147,33 +142,33 @@ class Client:
             self.greet()
 
     def lose(self, why):
-        """Down. `attend` will try again, after a moment."""
         self.mqtt = None
         self.is_up = False
         self.failures += 1
         self.next_try = monotonic() + RECONNECT
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
-    def subscribe(self, *topics):
+    def subscribe(self, topic):
         if self.is_up:
-            self.mqtt.subscribe([(topic, 1) for topic in topics])
+            self.mqtt.subscribe(topic, 1)
 
-    def unsubscribe(self, *topics):
+    def unsubscribe(self, topic):
         if self.is_up:
-            self.mqtt.unsubscribe(list(topics))
+            self.mqtt.unsubscribe(topic)
 
     def publish(self, topic, value, qos=1, retain=False):
         """QoS 1 is at-least-once delivery. That it may come twice is harmless here."""
         if self.is_up:
-            self.last = self.mqtt.publish(topic, to_json(value), qos, retain)
+            self.last = self.mqtt.publish(      # see `close`
+                topic, to_json(value), qos, retain)
 
     def close(self):
-        """Say goodbye (so there is no will) when what was published has arrived."""
+        """Say goodbye (so there is no will) when what was published has arrived: a
+        connection that is closed may lose what is still on its way."""
         end = monotonic() + GOODBYE_WAIT
         while self.is_up and monotonic() < end:
-            lost = self.last.rc != paho.MQTT_ERR_SUCCESS    # with the connection
-            if lost or self.last.is_published():
-                break
+            if self.last.rc != paho.MQTT_ERR_SUCCESS or self.last.is_published():
+                break       # it is lost with the connection, or has arrived
             self.work()
         if self.mqtt:
             self.mqtt.disconnect()
@@ -181,17 +176,18 @@ class Client:
         self.is_up = False
 
 
-def live_until_stopped(parts: list):
+def live_until_stopped(parts):
     """A thread for the life of each part, to its end; Ctrl-C lets each say goodbye."""
     threads = [threading.Thread(target=part.live, daemon=True) for part in parts]
     for thread in threads:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            sleep(TURN)        # join() would keep Ctrl-C waiting on Windows
+        for thread in threads:
+            while thread.is_alive():    # (on Windows join() would keep Ctrl-C waiting)
+                thread.join(TURN)
     finally:
         for part in parts:
-            part.stopping.set()
+            part.is_stopping = True
         end = monotonic() + 2 * GOODBYE_WAIT
         for thread in threads:
             thread.join(max(0, end - monotonic()))
@@ -200,15 +196,12 @@ def live_until_stopped(parts: list):
 # --- The station ----------------------------------------------------------------------
 
 class Spot(NamedTuple):
-    """What a station knows of one spot."""
     use: str        # "free", "held" or "charging"
     until: float    # on the monotonic clock: then the lease is over
     request: str    # the car's request, as it stands in every log, if it is known
 
 
 FREE = Spot("free", 0.0, "-")
-
-
 TWICE = "was started again elsewhere: that one goes on"
 
 
@@ -217,17 +210,13 @@ class StartedTwice(Exception):
 
 
 class Station(Client):
-    """Its spots are touched by its own thread only, the one that runs `live`.
-
-    At any time: len(self.cars) <= self.spots, and a car has at most one of them.
-    """
-
+    """Its spots are touched by its own thread only, the one that runs `live`. At any
+    time: len(self.cars) <= self.spots, and a car has at most one of them."""
     def __init__(self, name, city, lease):
         super().__init__(name)
         broker = city.broker_of(name)
         self.lease = lease
         self.topic = f"{broker.name}/stations/{name}"
-        self.memory = f"{self.topic}/state", f"{self.topic}/mark"
         self.spots = city.places[name]["spots"]
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
@@ -245,7 +234,7 @@ class Station(Client):
 
     def keep_leases(self):
         now = monotonic()
-        while not self.stopping.is_set():
+        while not self.is_stopping:
             before = now
             self.attend()
             now = monotonic()
@@ -255,35 +244,39 @@ class Station(Client):
                 self.end_leases(now)
 
     # --- reading its own state back: greet -> remember -> serve
+    #     STATION --subscribe, then publish the mark--> broker
+    #     broker --the last state, if there is one; then the mark--> STATION
+    #     STATION --subscribe to claims; state, online--> all
 
     def greet(self):
-        """Ask for what we said last, before we hear any claim.
-
-        There may be nothing, and nobody would say so. Therefore we say something to
-        ourselves (a marker message): once it is back, the state has come or never will.
-        """
+        """Ask for what we said last, before we hear any claim. There may be nothing,
+        and nobody would say so: so we say something to ourselves (a marker message).
+        Once it is back, the state has come or never will."""
         self.is_serving = False
-        self.subscribe(*self.memory)
+        for memory in "state", "mark":
+            self.subscribe(f"{self.topic}/{memory}")
         self.publish(f"{self.topic}/mark", {})
 
     def remember(self, state):
-        """Who had our spots when we were last heard of; or that we are there twice.
-
-        The first time we take over what an earlier process has left. Later we should
-        find what we said ourselves. If we find another's, it was started after us.
-        """
+        """Who had our spots when we were last heard of. The first time we take over
+        what an earlier process has left. Later we should find what we said ourselves:
+        if we find another's, it was started after us."""
         if not self.is_restored:
-            cars = list(state["cars"].items())[:self.spots]     # it may have fewer now
-            self.cars = {car: FREE._replace(use=use) for car, use in cars}
+            uses = state["cars"]
+            # There may be fewer spots now: "charging" comes before "held".
+            cars = sorted(uses, key=uses.get)[:self.spots]
+            self.cars = {car: FREE._replace(use=uses[car]) for car in cars}
         elif state["life"] != self.life:
             raise StartedTwice
 
     def serve(self):
-        """Our mark is back: what it has retained has come."""
+        """Our mark is back: what it has retained has come. From now on we hear claims,
+        and not what we say ourselves."""
         self.begin_leases()
         self.is_restored = True
         self.is_serving = True
-        self.unsubscribe(*self.memory)
+        for memory in "state", "mark":
+            self.unsubscribe(f"{self.topic}/{memory}")
         self.subscribe(f"{self.broker.name}/cars/+/+/{self.name}")
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
@@ -296,6 +289,8 @@ class Station(Client):
             self.cars[car] = spot._replace(until=until)
 
     # --- what it hears
+    #     a claim     takes a spot, renews it, or is refused; the fog's is answered, too
+    #     a leave     frees it at once; so does a lease without a claim, in its time
 
     def hear(self, message):
         """Retained messages are old: only our own state counts, as our memory."""
@@ -314,7 +309,7 @@ class Station(Client):
 
     def claim(self, car, claim):
         claim_id = claim.get("id", "")
-        request, _, _ = claim_id.rpartition("@")
+        request = claim_id.rpartition("@")[0]
         ok = self.take(car, claim["use"], request)
         answer = {"id": claim_id, "car": car, "ok": ok}
         if ok:
@@ -324,12 +319,9 @@ class Station(Client):
 
     def take(self, car, use, request):
         """The whole rule: a car has at most one spot, and whoever claims it has it for
-        one lease from now. Returns whether the car has one.
-
-        Our state is told when it has changed; and to refuse: a car that was wrong about
-        its spot sees there that it has none. It comes before the yes: who hears that
-        knows both.
-        """
+        one lease from now. Returns whether the car has one. Each change, and each
+        refusal, publishes our state, before the answer: whoever has the answer has the
+        state, and a car that was wrong about its spot sees there that it has none."""
         old = self.cars.get(car, FREE)
         if request == "":
             request = old.request
@@ -357,24 +349,20 @@ class Station(Client):
         self.tell("<-", car, spot.request, why + ":", self.count())
 
     def count(self):
-        """In the words of the log."""
         free = self.spots - len(self.cars)
         return f"{free} of {self.spots} spots free"
 
     def publish_state(self):
-        """For the fog, the cars, and ourselves after a crash: therefore it is retained.
-
-        With QoS 0, as the next state replaces one that is lost.
-        """
-        state = {"station": self.name, "spots": self.spots,
-                 "free": self.spots - len(self.cars),
-                 "cars": {car: spot.use for car, spot in self.cars.items()},
-                 "life": self.life}
-        self.publish(f"{self.topic}/state", state, qos=0, retain=True)
+        """Retained, for ourselves after a crash, too. QoS 0: the next one replaces a
+        lost one."""
+        self.publish(f"{self.topic}/state", {
+            "station": self.name, "spots": self.spots,
+            "free": self.spots - len(self.cars),
+            "cars": {car: spot.use for car, spot in self.cars.items()},
+            "life": self.life}, qos=0, retain=True)
 
 
 def positive(text: str) -> float:
-    """A number of the command line that must be more than nothing."""
     if not SECONDS.holds(float(text)):
         raise ValueError
     return float(text)
@@ -384,12 +372,11 @@ def main():
     parser = argparse.ArgumentParser(description="Charging stations of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="stations (all)")
     parser.add_argument("--lease", metavar="S", type=positive, default=LEASE,
-                        help=f"seconds a spot stays a car's without a claim ({LEASE})")
+                        help="seconds a spot stays a car's without a claim (15)")
     args, city = start_up(parser)
     names = choose_names(args, city.stations(), "station")
-    stations = [Station(name, city, args.lease) for name in names]
     with until_stopped():
-        live_until_stopped(stations)
+        live_until_stopped([Station(name, city, args.lease) for name in names])
         give_up(f"{names[-1]} {TWICE}")     # all lives have ended by themselves
 
 
