@@ -1479,6 +1479,8 @@ class TheFog(Simulation):
         replies = [who for who in self.said if "reply" in str(self.said[who])]
         self.assertEqual(replies, ["bob", "cid"])
         assert self.reply["id"] is None
+        request = broker.Message("server1/cars/bob/request", b"{")
+        assert self.fog.deliver(request, 1) == broker.MOMENT    # it ends bob's turn
 
     def test_the_cars_that_it_remembers(self):
         self.begins(P1=1)
