@@ -1785,6 +1785,16 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
             assert count == total
             ann.connection_lost(None)
 
+    async def test_a_ping_does_not_wait_for_retained_messages(self):
+        broker.SLICE = -1       # so it is one thing at a time
+        for n in range(9):
+            self.server.publish(f"t/{n}", b"x", retain=True)
+        ann = self.joins("ann", subscribe("t/#"))
+        while not ann.session.begun:
+            await self.goes_round(1)
+        ann.data_received(PING)
+        assert ann.out[-1] == PONG and ann.session.begun
+
     async def test_packet_ids(self):
         """[MQTT-2.3.1-4] After all 65,535 one that is still on its way is left out."""
         session = broker.Session("ann", False)
