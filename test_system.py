@@ -2199,6 +2199,8 @@ class Drills(Story):
         cls.guests = City(P1=1)
         cls.addClassCleanup(cls.guests.end)
         cls.guests.begin()
+        cls.patient = cls.guests.raw("server1", "tcp")
+        cls.patient.asks({"op": "status"})
         cls.began = time.monotonic()
         cls.silent = [cls.guests.raw("server1", *how) for how in cls.SILENT]
 
@@ -2329,6 +2331,8 @@ class Drills(Story):
             client.socket.settimeout(max(0.1, left))
             client.closed()
             client.close()
+        self.patient.asks({"op": "status"})     # who has asked has a minute
+        self.patient.close()
 
     def test_zz_the_demo(self):
         """To its end; or until Ctrl-C, which reaches every process of it."""
