@@ -424,7 +424,7 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = []               # what goes out when the loop comes round,
         self.waiting = 0            # and its bytes
-        self.is_blocked = False     # it reads slowly: see pause_writing
+        self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
         self.handout = iter(())     # what is retained for its new subscriptions
         self.pause = 0              # s, before its next packet
         self.turn = None            # a TimerHandle: when it goes on
@@ -484,7 +484,7 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return False
         session = self.session
-        if session and (session.wanted or session.begun) and self.hand_out():
+        if session and (session.wanted or session.begun) and self.hand_one():
             return True
         packet = take_packet(self.buffer)
         if packet is None:
@@ -495,7 +495,7 @@ class Connection(asyncio.Protocol):
         self.HANDLERS[packet.kind](self, packet)
         return True
 
-    def hand_out(self):
+    def hand_one(self):
         """One retained message. Returns whether there was one to look at now."""
         kind = self.buffer[0] // 16 if self.buffer else None
         if kind in OVERTAKES or self.session.is_behind():
