@@ -42,14 +42,7 @@ class Broker:
         self.mqtt = mqtt            # the port of its door for stations and cars,
         self.http = http            # of the one for people, and (with the host)
         self.address = host, tcp    # the one for the cloud and the other brokers
-        self.next = self            # a ring of one: it is its own neighbour
-
-    def others(self):
-        """Each other broker once, in the order of the ring, from the next one on."""
-        node = self.next
-        while node is not self:
-            yield node
-            node = node.next
+        self.next = None            # see `link`
 
 
 def link(brokers):
@@ -61,14 +54,15 @@ def link(brokers):
 
 
 def walk(home):
-    """Each other broker, and the seconds for which to wait for its answer, until
-    WALK_WAIT is over. Whoever walks stops when one offers a spot."""
+    """Each other broker once, from the next one on, and the seconds for which to wait
+    for its answer, until WALK_WAIT is over. Whoever walks stops at the first offer."""
     end = monotonic() + WALK_WAIT
-    for broker in home.others():
-        left = end - monotonic()
-        if left <= 0:
-            break
+    left = WALK_WAIT
+    broker = home.next
+    while broker is not home and left > 0:
         yield broker, min(BROKER_WAIT, left)
+        left = end - monotonic()
+        broker = broker.next
 
 
 # --- Checking what others wrote -------------------------------------------------------
@@ -109,14 +103,11 @@ def fit(shape, value, what: str):
     if isinstance(shape, tuple):
         return None if value is None else fit(shape[0], value, what)
     need(isinstance(value, dict), f"{what} must be an object")
-    [first, *_] = shape
     found = {}
-    if isinstance(first, Kind):         # {NAME: USE}
-        for name, item in value.items():
-            fit(first, name, what)
-            found[name] = fit(shape[first], item, f"{what}.{name}")
-        return found
     for field, inner in shape.items():
+        if isinstance(field, Kind):         # {NAME: USE}
+            return {fit(field, name, what): fit(inner, item, f"{what}.{name}")
+                    for name, item in value.items()}
         name = field.rstrip("?")
         if name in value:
             found[name] = fit(inner, value[name], f"{what}.{name}")
@@ -244,9 +235,10 @@ class City:
         return [name for name, place in self.places.items()
                 if "spots" in place and broker in (None, place["broker"])]
 
+    @functools.cache    # the roads never change, so each start is searched from once
     def ways(self, start):
-        """Dijkstra's algorithm: the shortest way from `start` to each place that can be
-        reached, the nearest place first."""
+        """Dijkstra's algorithm: the shortest way from `start` to each station that can
+        be reached, the nearest one first."""
         found = {}
         frontier = [Way(0.0, [start])]      # a heap: its least tuple, the shortest way
         while frontier:
@@ -258,18 +250,13 @@ class City:
             for place, km in self.neighbours[here].items():
                 route = [*way.route, place]
                 heapq.heappush(frontier, Way(way.km + km, route))
-        return found
-
-    @functools.cache    # the roads never change, so each start is searched from once
-    def ways_to_stations(self, start):
-        return {place: way for place, way in self.ways(start).items()
-                if "spots" in self.places[place]}
+        return {place: found[place] for place in found if "spots" in self.places[place]}
 
     def within_range(self, start, km):
         """The ways to the stations that are at most so many km away, the nearest first:
         {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
-        ways = self.ways_to_stations(start)
-        return {name: way for name, way in ways.items() if way.km <= km}
+        ways = self.ways(start)
+        return {name: ways[name] for name in ways if ways[name].km <= km}
 
 
 def load(path):
@@ -297,16 +284,14 @@ def check_city(data: dict):
     need(brokers, "there are no brokers")
     need(places, "there are no places")
     for name in brokers:
-        need(brokers.count(name) == 1,
-             f"broker {name} is given twice")
-        need(name not in places, f"{name} is a broker and a place")
+        need([*brokers, *places].count(name) == 1,
+             f"{name} is given twice")
     for name, place in places.items():
         need(len(place["at"]) == 2,
              f"place {name}: at must be two numbers")
         need(place["broker"] in brokers,
              f"place {name}: its broker is unknown")
     for road in data["roads"]:
-        ends = set(road)
+        ends = places.keys() & road         # each of the map's places among them, once
         need(len(road) == len(ends) == 2,
              f"a road must join two places: {road}")
-        need(ends <= places.keys(), f"a road to nowhere: {road}")
