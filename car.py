@@ -32,7 +32,7 @@ from contextlib import suppress
 from time import monotonic
 
 from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_stopped
-from ring import NAME, PERCENT, fit, read_object
+from ring import NAME, PERCENT, fit, read_object, to_json
 from station import STATE, Client, positive, live_until_stopped
 
 FULL = 60           # km on a full battery
@@ -54,7 +54,7 @@ class Car(Client):
     is a method, which lasts until the next step. All of them pass their time in
     `pause`, where the connection is looked after and the spot is claimed."""
     def __init__(self, name, city, at, battery, speed, charges):
-        super().__init__(name)
+        super().__init__(name, city.broker_of(at))
         self.city = city
         self.at = at                # the place it is at, or has last passed
         self.battery = battery      # %
@@ -63,8 +63,7 @@ class Car(Client):
         self.doing = "driving"
         self.request_id = ""
         self.reply = None           # to that request
-        self.last_news = 0.0        # on the monotonic clock, like the next one
-        self.last_look = monotonic()
+        self.last_news = 0.0        # on the monotonic clock
         self.offer = None           # the spot that it goes to, or charges at,
         self.watched = ""           # and the topic of its station's state
         self.shown = None           # "held" or "charging": what its station says of it
@@ -77,7 +76,6 @@ class Car(Client):
 
     def live(self):
         with suppress(Stopped):
-            self.connect_to(self.city.broker_of(self.at))
             while self.charges > 0:
                 place, km = random.choice(self.roads() or [(self.at, 0)])
                 if self.battery < LOW or self.range() < km:
@@ -196,18 +194,15 @@ class Car(Client):
     def pause(self):
         """Look after connection and spot for a moment. Returns the seconds gone by.
         Whatever the car does is made of such moments, so it hears and claims always."""
-        self.attend()
+        seconds = self.attend()
         if self.is_stopping:
             raise Stopped
         if self.offer:
             self.keep_spot()
         elif self.failures > 1:     # a first one may be a broker that is just back
             self.turn_to_next_broker()
-        now = monotonic()
-        if now > self.last_news + NEWS:
+        if monotonic() > self.last_news + NEWS:
             self.publish_state()
-        seconds = now - self.last_look
-        self.last_look = now
         return seconds
 
     # --- its spot: a lease, which ends unless we claim it again
@@ -244,13 +239,14 @@ class Car(Client):
     def connect_to(self, broker):
         """Leave nothing behind at the old broker, and connect to another one. The empty
         message takes our retained state away; else we would be seen twice."""
-        if broker is self.broker:
-            return
-        if self.broker:
+        if broker is not self.broker:
             self.tell("->", broker.name, f"goes there from {self.broker.name}")
             self.publish(self.topic("state"), None, retain=True)
-        will = self.state() | {"doing": "offline"}
-        self.aim_at(broker, f"{broker.name}/cars/{self.name}/state", will)
+            self.close()
+            self.broker = broker
+
+    def will(self):
+        return self.topic("state"), to_json(self.state() | {"doing": "offline"})
 
     def turn_to_next_broker(self):
         """This one does not answer; any other one can find a spot just as well."""

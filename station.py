@@ -77,25 +77,21 @@ class Client:
     Each connection has a paho client of its own, so that nothing unsent of the last one
     comes back later. All of this lives in one thread, the one that runs `live`.
     """
-    def __init__(self, name):
+    def __init__(self, name, broker):
         self.name = name
+        self.broker = broker
         self.tell = Story(name)
         self.is_stopping = False    # the main thread says when
-        self.broker = None
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
-        self.inbox = []         # messages that have come in in paho's `loop`
-
-    def aim_at(self, broker, will_topic, will):
-        self.close()
-        self.broker = broker
-        self.will = will_topic, to_json(will)
         self.failures = 0       # since a broker has last let us in
-        self.next_try = 0.0     # on the monotonic clock
+        self.next_try = 0.0     # on the monotonic clock, like the next one
+        self.last_look = monotonic()
+        self.inbox = []         # messages that have come in in paho's `loop`
 
     def attend(self):
         """Let paho send and receive for a moment, or connect; then hear what came in.
-        An invalid message changes nothing."""
+        An invalid message changes nothing. Returns the seconds since the last time."""
         if self.mqtt:
             self.work()
         elif monotonic() < self.next_try:
@@ -108,10 +104,13 @@ class Client:
                 self.hear(message)
             except Invalid as fault:
                 self.tell("<-", message.topic, f"invalid message: {fault}")
+        before = self.last_look
+        self.last_look = monotonic()
+        return self.last_look - before
 
     def connect(self):
         client = mqtt_client(self.name)
-        client.will_set(*self.will, qos=1, retain=True)
+        client.will_set(*self.will(), qos=1, retain=True)
         client.on_message = self.take_in
         try:
             client.connect(resolve(self.broker.host), self.broker.mqtt, KEEPALIVE)
@@ -174,6 +173,8 @@ class Client:
             self.mqtt.disconnect()
         self.mqtt = None
         self.is_up = False
+        self.failures = 0
+        self.next_try = 0.0
 
 
 def live_until_stopped(parts):
@@ -213,35 +214,29 @@ class Station(Client):
     """Its spots are touched by its own thread only, the one that runs `live`. At any
     time: len(self.cars) <= self.spots, and a car has at most one of them."""
     def __init__(self, name, city, lease):
-        super().__init__(name)
-        broker = city.broker_of(name)
+        super().__init__(name, city.broker_of(name))
         self.lease = lease
-        self.topic = f"{broker.name}/stations/{name}"
+        self.topic = f"{self.broker.name}/stations/{name}"
         self.spots = city.places[name]["spots"]
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
         self.is_restored = False                # has it ever read its state back,
         self.is_serving = False                 # and has it on this connection?
-        self.aim_at(broker, f"{self.topic}/online", False)
 
     def live(self):
         try:
-            self.keep_leases()
+            while not self.is_stopping:
+                if self.attend() > FROZEN:
+                    self.begin_leases() # whoever claimed meanwhile is yet to be heard
+                elif self.is_up and self.is_serving:
+                    self.end_leases()
             self.publish(f"{self.topic}/online", False, retain=True)
-        except StartedTwice:        # the other one is online
+        except StartedTwice:            # the other one is online
             self.tell(TWICE)
         self.close()
 
-    def keep_leases(self):
-        now = monotonic()
-        while not self.is_stopping:
-            before = now
-            self.attend()
-            now = monotonic()
-            if now > before + FROZEN:
-                self.begin_leases()     # whoever claimed meanwhile is yet to be heard
-            elif self.is_up and self.is_serving:
-                self.end_leases(now)
+    def will(self):
+        return f"{self.topic}/online", to_json(False)
 
     # --- reading its own state back: greet -> remember -> serve
     #     STATION --subscribe, then publish the mark--> broker
@@ -337,10 +332,10 @@ class Station(Client):
             self.tell("<-", car, request, use)
         return True
 
-    def end_leases(self, now):
+    def end_leases(self):
         """Who is not heard of loses its spot: no dead car can block it for ever."""
         for car, spot in list(self.cars.items()):
-            if spot.until <= now:
+            if spot.until <= monotonic():
                 self.free(car, "claims it no more")
 
     def free(self, car, why):
