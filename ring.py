@@ -76,7 +76,7 @@ def walk(home):
 #     {"id?": ID, "at": NAME}    an object with these fields; one with ? may be missing,
 #                                and a field that the shape does not know is dropped
 
-class Invalid(Exception):
+class Invalid(ValueError):
     """What somebody else wrote is not what it must be. The text says why."""
 
 
@@ -223,9 +223,11 @@ class City:
         # Each place's neighbours, and how far they are (km; roads are straight).
         self.neighbours = {place: {} for place in self.places}
         for a, b in self.roads:
-            km = math.dist(self.places[a]["at"],
-                           self.places[b]["at"])
-            self.neighbours[a][b] = self.neighbours[b][a] = km
+            self.neighbours[a][b] = self.neighbours[b][a] = self.km(a, b)
+
+    def km(self, a, b):
+        return math.dist(self.places[a]["at"],
+                         self.places[b]["at"])
 
     def broker_of(self, place):
         return self.ring[self.places[place]["broker"]]

@@ -40,7 +40,7 @@ TURN = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
 FROZEN = 1          # s; if one such look takes longer, this process was frozen
 KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
-GOODBYE_WAIT = 0.5  # s for the last messages to arrive before we hang up
+GOODBYE_WAIT = 1    # s for all stations or cars of a process to say goodbye
 
 USE = one_of("held", "charging")
 CLAIM_ID = printable("1 to 200 printable characters", 200)
@@ -158,16 +158,12 @@ class Client:
     def publish(self, topic, value, qos=1, retain=False):
         """QoS 1 is at-least-once delivery. That it may come twice is harmless here."""
         if self.is_up:
-            self.last = self.mqtt.publish(      # see `close`
-                topic, to_json(value), qos, retain)
+            self.mqtt.publish(topic, to_json(value), qos, retain)
 
     def close(self):
-        """Say goodbye (so there is no will) when what was published has arrived: a
-        connection that is closed may lose what is still on its way."""
-        end = monotonic() + GOODBYE_WAIT
-        while self.is_up and monotonic() < end:
-            if self.last.rc != paho.MQTT_ERR_SUCCESS or self.last.is_published():
-                break       # it is lost with the connection, or has arrived
+        """Say goodbye (so there is no will), a moment after the last message: what is
+        still on its way may be lost with the connection."""
+        if self.is_up:
             self.work()
         if self.mqtt:
             self.mqtt.disconnect()
@@ -183,13 +179,12 @@ def live_until_stopped(parts):
     for thread in threads:
         thread.start()
     try:
-        for thread in threads:
-            while thread.is_alive():    # (on Windows join() would keep Ctrl-C waiting)
-                thread.join(TURN)
+        while any(thread.is_alive() for thread in threads):
+            sleep(TURN)     # (a join() that Ctrl-C ends gives its thread up)
     finally:
         for part in parts:
             part.is_stopping = True
-        end = monotonic() + 2 * GOODBYE_WAIT
+        end = monotonic() + GOODBYE_WAIT
         for thread in threads:
             thread.join(max(0, end - monotonic()))
 
@@ -198,7 +193,7 @@ def live_until_stopped(parts):
 
 class Spot(NamedTuple):
     use: str        # "free", "held" or "charging"
-    until: float    # on the monotonic clock: then the lease is over
+    claimed: float  # when it was claimed last, on the monotonic clock
     request: str    # the car's request, as it stands in every log, if it is known
 
 
@@ -222,12 +217,13 @@ class Station(Client):
         self.life = random.randrange(2**31)     # tells us from a second one of our name
         self.is_restored = False                # has it ever read its state back,
         self.is_serving = False                 # and has it on this connection?
+        self.hears_since = 0.0                  # since when it hears all claims
 
     def live(self):
         try:
             while not self.is_stopping:
-                if self.attend() > FROZEN:
-                    self.begin_leases() # whoever claimed meanwhile is yet to be heard
+                if self.attend() > FROZEN:      # what was said meanwhile is yet to come
+                    self.hears_since = self.last_look
                 elif self.is_up and self.is_serving:
                     self.end_leases()
             self.publish(f"{self.topic}/online", False, retain=True)
@@ -267,21 +263,15 @@ class Station(Client):
     def serve(self):
         """Our mark is back: what it has retained has come. From now on we hear claims,
         and not what we say ourselves."""
-        self.begin_leases()
         self.is_restored = True
         self.is_serving = True
+        self.hears_since = monotonic()
         for memory in "state", "mark":
             self.unsubscribe(f"{self.topic}/{memory}")
         self.subscribe(f"{self.broker.name}/cars/+/+/{self.name}")
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
-
-    def begin_leases(self):
-        """All anew: while we were away, nobody could claim."""
-        until = monotonic() + self.lease
-        for car, spot in self.cars.items():
-            self.cars[car] = spot._replace(until=until)
 
     # --- what it hears
     #     a claim     takes a spot, renews it, or is refused; the fog's is answered, too
@@ -326,16 +316,18 @@ class Station(Client):
             return False
         if old.use == "charging":
             use = "charging"            # it stays plugged in, whatever comes late
-        self.cars[car] = Spot(use, monotonic() + self.lease, request)
+        self.cars[car] = Spot(use, monotonic(), request)
         if use != old.use:
             self.publish_state()
             self.tell("<-", car, request, use)
         return True
 
     def end_leases(self):
-        """Who is not heard of loses its spot: no dead car can block it for ever."""
+        """Who is not heard of for a lease loses its spot: no dead car can block it for
+        ever. While we heard nobody, nobody could claim: that time does not count."""
         for car, spot in list(self.cars.items()):
-            if spot.until <= monotonic():
+            began = max(spot.claimed, self.hears_since)
+            if began + self.lease <= self.last_look:
                 self.free(car, "claims it no more")
 
     def free(self, car, why):
@@ -358,9 +350,7 @@ class Station(Client):
 
 
 def positive(text: str) -> float:
-    if not SECONDS.holds(float(text)):
-        raise ValueError
-    return float(text)
+    return fit(SECONDS, float(text), "it")
 
 
 def main():
