@@ -71,13 +71,15 @@ class Car(Client):
 
     # --- its life: each step below lasts until the car goes on to the next one
     #     driving     live -> travel, from place to place
-    #     charging    live -> recharge: ask (or wait), accept, go, charge, give_back
+    #     charging    live -> recharge: ask (or wait), go, charge, give_back
     #     stopping    whichever it is in, its `pause` raises Stopped
 
     def live(self):
         with suppress(Stopped):
             while self.charges > 0:
-                place, km = random.choice(self.roads() or [(self.at, 0)])
+                neighbours = self.city.neighbours[self.at].items()
+                roads = [(place, km) for place, km in neighbours if km <= FULL]
+                place, km = random.choice(roads or [(self.at, 0)])
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
                 elif place == self.at:
@@ -89,12 +91,6 @@ class Car(Client):
         self.become("offline")
         self.close()
 
-    def roads(self):
-        """Where it can drive from here, with a full battery: places, and their km."""
-        return [(place, km)
-                for place, km in self.city.neighbours[self.at].items()
-                if km <= FULL]
-
     def recharge(self):
         """From asking for a spot to leaving it with a full battery."""
         while self.battery < 100:
@@ -102,9 +98,8 @@ class Car(Client):
             self.tell("<-", self.broker.name, self.request_id, outcome(reply),
                       f"(asked {', '.join(reply['asked'])})")
             if reply["station"]:
-                self.accept(reply)
-                self.go()
-                if self.offer:          # else it was lost on the way
+                self.go(reply)
+                if self.offer:
                     self.charge()
                 self.give_back()
             else:
@@ -131,11 +126,10 @@ class Car(Client):
         """As long as the broker has said. The car stands still meanwhile, so its
         battery lasts, however often it is refused."""
         self.become("waiting", f"{seconds} s")
-        end = monotonic() + seconds
-        while monotonic() < end:
-            self.pause()
+        while seconds > 0:
+            seconds -= self.pause()
 
-    def accept(self, offer):
+    def go(self, offer):
         """The fog has just made the first claim for us; the next ones are ours."""
         broker = self.city.ring[offer["broker"]]
         self.offer = offer
@@ -145,10 +139,8 @@ class Car(Client):
         self.connect_to(broker)
         self.subscribe(self.watched)
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
-
-    def go(self):
-        for place in self.offer["route"][1:]:
-            if self.offer:
+        for place in offer["route"][1:]:
+            if self.offer:              # else it was lost on the way
                 self.travel(place)
 
     def charge(self):
@@ -178,7 +170,7 @@ class Car(Client):
     def travel(self, place):
         """Along the road to a place. While we wait for a dead broker we drive on, too.
         The battery never ends on a road: it was enough for this one when we set out."""
-        left = math.dist(self.city.places[self.at]["at"], self.city.places[place]["at"])
+        left = self.city.km(self.at, place)
         while True:
             km = min(left, self.pause() * self.speed)
             self.battery = max(0.0, self.battery - km / FULL * 100)
@@ -217,13 +209,14 @@ class Car(Client):
         pause = lease / 3
         if self.doing == "charging" and self.shown != "charging":
             pause = INSIST
-        if monotonic() > self.last_claim + pause:
-            self.claim()
-        if monotonic() > self.last_claim + lease:
+        since = monotonic() - self.last_claim
+        if since > lease:
             self.tell("->", self.offer["station"], self.request_id,
                       "could not be claimed for a lease: so the spot is lost")
             self.offer = None
             self.shown = None
+        elif since > pause:
+            self.claim()
 
     def claim(self):
         if self.is_up:
@@ -305,36 +298,33 @@ class Car(Client):
         return self.battery / 100 * FULL
 
 
-def command_line():
+def percent(text: str) -> float:
+    return fit(PERCENT, float(text), "it")
+
+
+def main():
     parser = argparse.ArgumentParser(description="Electric cars of the city.")
     parser.add_argument("names", metavar="NAME", nargs="*", default=["car1"],
                         help="cars (car1)")
     parser.add_argument("--at", metavar="PLACE",
                         help="where they start (the first place of the file)")
-    parser.add_argument("--battery", metavar="PERCENT", type=float, default=50,
+    parser.add_argument("--battery", metavar="PERCENT", type=percent, default=50,
                         help="how full they start (50)")
     parser.add_argument("--speed", metavar="KM_PER_S", type=positive, default=2,
                         help="how fast they drive (2)")
     parser.add_argument("--charges", metavar="N", type=int, default=math.inf,
                         help="stop after so many charges (never)")
-    return parser
-
-
-def main():
-    parser = command_line()
     args, city = start_up(parser)
     at = args.at or next(iter(city.places))     # the first one of the file
     if at not in city.places:
         give_up(f"{args.config}: there is no place {at!a}")
-    if not PERCENT.holds(args.battery):
-        parser.error("--battery is 0 to 100")
-    cars = []
-    for name in dict.fromkeys(args.names):      # each of them once
+    for name in args.names:
         if name in city.places or name in city.ring or not NAME.holds(name):
             give_up(f"{args.config}: {name!a} cannot be the name of a car here")
-        cars.append(Car(name, city, at, args.battery, args.speed, args.charges))
     with until_stopped():
-        live_until_stopped(cars)
+        live_until_stopped([
+            Car(name, city, at, args.battery, args.speed, args.charges)
+            for name in set(args.names)])       # each of them once
 
 
 if __name__ == "__main__":
