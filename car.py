@@ -131,12 +131,11 @@ class Car(Client):
 
     def go(self, offer):
         """The fog has just made the first claim for us; the next ones are ours."""
-        broker = self.city.ring[offer["broker"]]
         self.offer = offer
-        self.watched = f"{broker.name}/stations/{offer['station']}/state"
+        self.watched = f"{offer['broker']}/stations/{offer['station']}/state"
         self.shown = None
         self.last_claim = monotonic()       # or the fog's, for the first one
-        self.connect_to(broker)
+        self.connect_to(self.city.ring[offer["broker"]])
         self.subscribe(self.watched)
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
@@ -239,7 +238,7 @@ class Car(Client):
             self.broker = broker
 
     def will(self):
-        return self.topic("state"), to_json(self.state() | {"doing": "offline"})
+        return self.topic("state"), to_json(self.state("offline"))
 
     def turn_to_next_broker(self):
         """This one does not answer; any other one can find a spot just as well."""
@@ -279,11 +278,11 @@ class Car(Client):
 
     def publish_state(self):
         self.last_news = monotonic()
-        self.publish(self.topic("state"), self.state(), qos=0, retain=True)
+        self.publish(self.topic("state"), self.state(self.doing), qos=0, retain=True)
 
-    def state(self):
+    def state(self, doing):
         return {"car": self.name, "at": self.at, "battery": round(self.battery, 1),
-                "doing": self.doing}
+                "doing": doing}
 
     def hear(self, message):
         """Only note it: the step of its life that waits for it will see it. So each

@@ -77,11 +77,12 @@ class Client:
     Each connection has a paho client of its own, so that nothing unsent of the last one
     comes back later. All of this lives in one thread, the one that runs `live`.
     """
+    is_stopping = False         # all of them are; the main thread says when
+
     def __init__(self, name, broker):
         self.name = name
         self.broker = broker
         self.tell = Story(name)
-        self.is_stopping = False    # the main thread says when
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
         self.failures = 0       # since a broker has last let us in
@@ -175,18 +176,16 @@ class Client:
 
 def live_until_stopped(parts):
     """A thread for the life of each part, to its end; Ctrl-C lets each say goodbye."""
-    threads = [threading.Thread(target=part.live, daemon=True) for part in parts]
-    for thread in threads:
-        thread.start()
+    for part in parts:
+        threading.Thread(target=part.live, daemon=True).start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            sleep(TURN)     # (a join() that Ctrl-C ends gives its thread up)
+        while threading.active_count() > 1:     # (Ctrl-C would break a thread's join())
+            sleep(TURN)
     finally:
-        for part in parts:
-            part.is_stopping = True
+        Client.is_stopping = True
         end = monotonic() + GOODBYE_WAIT
-        for thread in threads:
-            thread.join(max(0, end - monotonic()))
+        while threading.active_count() > 1 and monotonic() < end:
+            sleep(TURN)
 
 
 # --- The station ----------------------------------------------------------------------
