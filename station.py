@@ -86,7 +86,6 @@ class Client:
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
         self.failures = 0       # since a broker has last let us in
-        self.next_try = 0.0     # on the monotonic clock, like the next one
         self.last_look = monotonic()
         self.inbox = []         # messages that have come in in paho's `loop`
 
@@ -95,9 +94,9 @@ class Client:
         An invalid message changes nothing. Returns the seconds since the last time."""
         if self.mqtt:
             self.work()
-        elif monotonic() < self.next_try:
-            sleep(TURN)
         else:
+            if self.failures > 0:
+                sleep(RECONNECT)
             self.connect()
         while self.inbox:
             message = self.inbox.pop(0)
@@ -145,7 +144,6 @@ class Client:
         self.mqtt = None
         self.is_up = False
         self.failures += 1
-        self.next_try = monotonic() + RECONNECT
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
     def subscribe(self, topic):
@@ -171,7 +169,6 @@ class Client:
         self.mqtt = None
         self.is_up = False
         self.failures = 0
-        self.next_try = 0.0
 
 
 def live_until_stopped(parts):
@@ -265,8 +262,7 @@ class Station(Client):
         self.is_restored = True
         self.is_serving = True
         self.hears_since = monotonic()
-        for memory in "state", "mark":
-            self.unsubscribe(f"{self.topic}/{memory}")
+        self.unsubscribe(f"{self.topic}/state")
         self.subscribe(f"{self.broker.name}/cars/+/+/{self.name}")
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
