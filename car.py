@@ -284,13 +284,13 @@ class Car(Client):
         return {"car": self.name, "at": self.at, "battery": round(self.battery, 1),
                 "doing": doing}
 
-    def hear(self, message):
+    def hear(self, topic, message):
         """Only note it: the step of its life that waits for it will see it. So each
         step reads from top to bottom, undisturbed."""
         fields = read_object(message.payload)
-        if message.topic == self.topic("reply"):
+        if topic == self.topic("reply"):
             self.reply = read_reply(self.city, fields, self.request_id)
-        elif message.topic == self.watched:
+        elif topic == self.watched:
             self.shown = fit(STATE, fields, "state")["cars"].get(self.name)
 
     def range(self):        # km

@@ -87,7 +87,7 @@ class Client:
         self.is_up = False      # has the broker let us in?
         self.failures = 0       # since a broker has last let us in
         self.last_look = monotonic()
-        self.inbox = []         # messages that have come in in paho's `loop`
+        self.inbox = []         # (topic, message) that have come in in paho's `loop`
 
     def attend(self):
         """Let paho send and receive for a moment, or connect; then hear what came in.
@@ -99,11 +99,11 @@ class Client:
                 sleep(RECONNECT)
             self.connect()
         while self.inbox:
-            message = self.inbox.pop(0)
+            topic, message = self.inbox.pop(0)
             try:
-                self.hear(message)
+                self.hear(topic, message)
             except Invalid as fault:
-                self.tell("<-", message.topic, f"invalid message: {fault}")
+                self.tell("<-", topic, f"invalid message: {fault}")
         before = self.last_look
         self.last_look = monotonic()
         return self.last_look - before
@@ -111,18 +111,14 @@ class Client:
     def connect(self):
         client = mqtt_client(self.name)
         client.will_set(*self.will(), qos=1, retain=True)
-        client.on_message = self.take_in
+        # Called in `loop`: a topic that is not UTF-8 is a ValueError there.
+        client.on_message = lambda client, data, message: self.inbox.append(
+            (message.topic, message))
         try:
             client.connect(resolve(self.broker.host), self.broker.mqtt, KEEPALIVE)
             self.mqtt = client
         except OSError as fault:
             self.lose(f"no connection ({fault})")
-
-    def take_in(self, client, data, message):
-        """Paho calls this, in `loop`. A topic that is not UTF-8 is a ValueError, here
-        where it is first asked for; `loop` passes that on to `work`."""
-        if message.topic:
-            self.inbox.append(message)
 
     def work(self):
         try:
@@ -272,9 +268,9 @@ class Station(Client):
     #     a claim     takes a spot, renews it, or is refused; the fog's is answered, too
     #     a leave     frees it at once; so does a lease without a claim, in its time
 
-    def hear(self, message):
+    def hear(self, topic, message):
         """Retained messages are old: only our own state counts, as our memory."""
-        match message.topic.split("/"):
+        match topic.split("/"):
             case [_, "cars", car, "claim", _] if not message.retain:
                 claim = fit(CLAIM, read_object(message.payload), "claim")
                 self.claim(fit(NAME, car, "car"), claim)

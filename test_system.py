@@ -1223,7 +1223,7 @@ class TheStation(Simulation):
         assert "server1/stations/P1/online" in self.server.retained
         bad = station.paho.MQTTMessage(topic=b"\xff")
         with self.assertRaises(ValueError):     # which paho's loop passes on
-            self.parts["P1"].take_in(None, None, bad)
+            self.parts["P1"].mqtt.on_message(None, None, bad)
 
     def test_a_lease_ends_by_itself(self):
         """15 s after the last claim; but not while the station is cut off: then all
