@@ -33,7 +33,7 @@ from time import monotonic
 
 from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_stopped
 from ring import NAME, PERCENT, fit, read_object, to_json
-from station import STATE, Client, positive, live_until_stopped
+from station import STATE, Client, Stopped, live_until_stopped, positive
 
 FULL = 60           # km on a full battery
 LOW = 25            # %: below it the car asks for a spot
@@ -43,10 +43,6 @@ REPLY_WAIT = 10     # s for a reply; the broker has 9
 STRANDED = 60       # s between two looks for a road, where there is none
 SHOWN_WAIT = 3      # s until the station must show the car as charging ...
 INSIST = 1.0        # ... and s between its claims until then
-
-
-class Stopped(Exception):
-    """The user wants the car to end. Any step of its life may raise it; `live` ends."""
 
 
 class Car(Client):
@@ -67,7 +63,7 @@ class Car(Client):
         self.offer = None           # the spot that it goes to, or charges at,
         self.watched = ""           # and the topic of its station's state
         self.shown = None           # "held" or "charging": what its station says of it
-        self.silent = Breaker()     # for brokers: which are not worth a try now
+        self.breaker = Breaker()    # for brokers: which are not worth a try now
 
     # --- its life: each step below lasts until the car goes on to the next one
     #     driving     live -> travel, from place to place
@@ -179,7 +175,7 @@ class Car(Client):
         self.at = place
         self.tell(f"{self.battery:3.0f} % at {place}")
         home = self.city.broker_of(place)
-        if self.offer is None and not self.silent.is_open(home.name):
+        if self.offer is None and not self.breaker.is_open(home.name):
             self.connect_to(home)
 
     def pause(self):
@@ -242,13 +238,13 @@ class Car(Client):
 
     def turn_to_next_broker(self):
         """This one does not answer; any other one can find a spot just as well."""
-        self.silent.failed(self.broker.name)
+        self.breaker.failed(self.broker.name)
         self.connect_to(self.broker.next)
 
     def greet(self):
         """A broker has let us in: it must hear all that counts (soft state). It may be
         a new one, or have been started again: it knows nothing of us."""
-        self.silent.answered(self.broker.name)
+        self.breaker.answered(self.broker.name)
         self.tell("->", self.broker.name, f"connected at {self.at}")
         self.subscribe(self.topic("reply"))
         self.publish_state()

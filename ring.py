@@ -246,12 +246,11 @@ class City:
         while frontier:
             way = heapq.heappop(frontier)
             here = way.route[-1]
-            if here in found:
-                continue
-            found[here] = way
-            for place, km in self.neighbours[here].items():
-                route = [*way.route, place]
-                heapq.heappush(frontier, Way(way.km + km, route))
+            if here not in found:
+                found[here] = way
+                for place, km in self.neighbours[here].items():
+                    route = [*way.route, place]
+                    heapq.heappush(frontier, Way(way.km + km, route))
         return {place: found[place] for place in found if "spots" in self.places[place]}
 
     def within_range(self, start, km):

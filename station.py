@@ -25,6 +25,7 @@ import random
 import socket
 import struct
 import threading
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import NamedTuple
 
@@ -67,6 +68,10 @@ def mqtt_client(client_id):
     return client
 
 
+class Stopped(Exception):
+    """Ends the life of a station or car, from wherever it is raised: see `live`."""
+
+
 class Client:
     """What a station and a car have in common: a name, a story, and a connection.
 
@@ -75,7 +80,7 @@ class Client:
     (soft state): each new connection begins with `greet`.
 
     Each connection has a paho client of its own, so that nothing unsent of the last one
-    comes back later. All of this lives in one thread, the one that runs `live`.
+    comes back later. One thread touches all of this, the one that runs `live`.
     """
     is_stopping = False         # all of them are; the main thread says when
 
@@ -95,8 +100,6 @@ class Client:
         if self.mqtt:
             self.work()
         else:
-            if self.failures > 0:
-                sleep(RECONNECT)
             self.connect()
         while self.inbox:
             topic, message = self.inbox.pop(0)
@@ -109,6 +112,8 @@ class Client:
         return self.last_look - before
 
     def connect(self):
+        if self.failures > 0:
+            sleep(RECONNECT)
         client = mqtt_client(self.name)
         client.will_set(*self.will(), qos=1, retain=True)
         # Called in `loop`: a topic that is not UTF-8 is a ValueError there.
@@ -193,10 +198,6 @@ FREE = Spot("free", 0.0, "-")
 TWICE = "was started again elsewhere: that one goes on"
 
 
-class StartedTwice(Exception):
-    """There is another station of our name, which was started after us."""
-
-
 class Station(Client):
     """Its spots are touched by its own thread only, the one that runs `live`. At any
     time: len(self.cars) <= self.spots, and a car has at most one of them."""
@@ -212,15 +213,13 @@ class Station(Client):
         self.hears_since = 0.0                  # since when it hears all claims
 
     def live(self):
-        try:
+        with suppress(Stopped):
             while not self.is_stopping:
                 if self.attend() > FROZEN:      # what was said meanwhile is yet to come
                     self.hears_since = self.last_look
                 elif self.is_up and self.is_serving:
                     self.end_leases()
             self.publish(f"{self.topic}/online", False, retain=True)
-        except StartedTwice:            # the other one is online
-            self.tell(TWICE)
         self.close()
 
     def will(self):
@@ -250,7 +249,8 @@ class Station(Client):
             cars = sorted(uses, key=uses.get)[:self.spots]
             self.cars = {car: FREE._replace(use=uses[car]) for car in cars}
         elif state["life"] != self.life:
-            raise StartedTwice
+            self.tell(TWICE)
+            raise Stopped           # and leave that one online
 
     def serve(self):
         """Our mark is back: what it has retained has come. From now on we hear claims,
