@@ -132,7 +132,6 @@ class Car(Client):
         self.shown = None
         self.last_claim = monotonic()       # or the fog's, for the first one
         self.connect_to(self.city.ring[offer["broker"]])
-        self.subscribe(self.watched)
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
             if self.offer:              # else it was lost on the way
@@ -159,7 +158,8 @@ class Car(Client):
             self.tell("->", self.offer["station"], self.request_id, "leaves with",
                       f"{self.battery:.0f} %")
             self.publish(self.topic("leave", self.offer["station"]), {})
-            self.unsubscribe(self.watched)
+            if self.is_up:
+                self.mqtt.unsubscribe(self.watched)
             self.offer = None
 
     def travel(self, place):
@@ -214,9 +214,11 @@ class Car(Client):
             self.claim()
 
     def claim(self):
+        """And hear what the station says of us. Both may be said again and again."""
         if self.is_up:
             use = "charging" if self.doing == "charging" else "held"
             topic = self.topic("claim", self.offer["station"])
+            self.mqtt.subscribe(self.watched, 1)
             self.publish(topic, {"use": use})
             self.last_claim = monotonic()
 
@@ -246,10 +248,9 @@ class Car(Client):
         a new one, or have been started again: it knows nothing of us."""
         self.breaker.answered(self.broker.name)
         self.tell("->", self.broker.name, f"connected at {self.at}")
-        self.subscribe(self.topic("reply"))
+        self.mqtt.subscribe(self.topic("reply"), 1)
         self.publish_state()
         if self.offer:
-            self.subscribe(self.watched)
             self.claim()
         if self.doing == "asking":
             self.say_request()

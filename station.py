@@ -147,14 +147,6 @@ class Client:
         self.failures += 1
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
-    def subscribe(self, topic):
-        if self.is_up:
-            self.mqtt.subscribe(topic, 1)
-
-    def unsubscribe(self, topic):
-        if self.is_up:
-            self.mqtt.unsubscribe(topic)
-
     def publish(self, topic, value, qos=1, retain=False):
         """QoS 1 is at-least-once delivery. That it may come twice is harmless here."""
         if self.is_up:
@@ -236,7 +228,7 @@ class Station(Client):
         Once it is back, the state has come or never will."""
         self.is_serving = False
         for memory in "state", "mark":
-            self.subscribe(f"{self.topic}/{memory}")
+            self.mqtt.subscribe(f"{self.topic}/{memory}", 1)
         self.publish(f"{self.topic}/mark", {})
 
     def remember(self, state):
@@ -258,8 +250,8 @@ class Station(Client):
         self.is_restored = True
         self.is_serving = True
         self.hears_since = monotonic()
-        self.unsubscribe(f"{self.topic}/state")
-        self.subscribe(f"{self.broker.name}/cars/+/+/{self.name}")
+        self.mqtt.unsubscribe(f"{self.topic}/state")
+        self.mqtt.subscribe(f"{self.broker.name}/cars/+/+/{self.name}", 1)
         self.publish_state()
         self.publish(f"{self.topic}/online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
