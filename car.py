@@ -73,8 +73,9 @@ class Car(Client):
     def live(self):
         with suppress(Stopped):
             while self.charges > 0:
-                neighbours = self.city.neighbours[self.at].items()
-                roads = [(place, km) for place, km in neighbours if km <= FULL]
+                roads = [(place, km)
+                         for place, km in self.city.neighbours[self.at].items()
+                         if km <= FULL]
                 place, km = random.choice(roads or [(self.at, 0)])
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
