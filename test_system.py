@@ -2270,7 +2270,9 @@ class Drills(Story):
             zoe drives battery=5; says zoe-.*charging
             P1 dies
             server1 dies; comes_back
-            P1 comes_back; shows zoe=charging""")
+            P1 comes_back; shows zoe=charging
+            P1 stop                                     # it needs no will
+            server1 says P1.*said.goodbye""")
 
     def test_a_broker_stops_at_work(self):
         """And its station, which hung, after it."""
