@@ -13,10 +13,8 @@
         CAR --leave--> station                      the spot is somebody else's now
         station --state--> CAR                      am I shown there as charging?
 
-A car owns its battery and its plan, and decides at places only. It is connected to one
-broker at a time: that of the region it is in, the one where its spot is, or, if that of
-its region does not answer, the next one. A broker that is back within a lease of the
-car's last claim costs it no spot.
+A car owns its battery and its plan, and decides at places only. A broker that is back
+within a lease of its last claim costs it no spot.
 
     python3 car.py [NAME ...] [--at PLACE] ...      these cars; no name: car1
 
@@ -199,8 +197,7 @@ class Car(Client):
     #     we ask anew     there and connected, but not shown as charging for 3 s
 
     def keep_spot(self):
-        """Claim it every third of a lease, so that one claim may be lost or late; more
-        often until we are shown as charging."""
+        """Every third of a lease, so that one claim may be lost or late."""
         lease = self.offer["lease"]
         pause = lease / 3
         if self.doing == "charging" and self.shown != "charging":
@@ -208,7 +205,7 @@ class Car(Client):
         since = monotonic() - self.last_claim
         if since > lease:
             self.tell("->", self.offer["station"], self.request_id,
-                      "could not be claimed for a lease: so the spot is lost")
+                      "could not be claimed for a lease: the spot is lost")
             self.offer = None
             self.shown = None
         elif since > pause:
@@ -231,8 +228,9 @@ class Car(Client):
         """Leave nothing behind at the old broker, and connect to another one. The empty
         message takes our retained state away; else we would be seen twice."""
         if broker is not self.broker:
-            self.tell("->", broker.name, f"goes there from {self.broker.name}")
-            self.publish(self.topic("state"), None, retain=True)
+            self.tell("->", broker.name, f"instead of {self.broker.name}")
+            if self.is_up:
+                self.mqtt.publish(self.topic("state"), b"", 1, True)
             self.close()
             self.broker = broker
 

@@ -9,10 +9,9 @@ next is the first. A broker without a free spot asks the next broker, then the o
 that, until one says yes or the walk is back where it began. So nobody is missed, and
 nobody is asked twice.
 
-The second chapter checks what others wrote: what a message must look like is written
-down once, as data (its shape), and `fit` holds a message against it. The third reads
-servers.json, the one file that describes the city, and finds the shortest ways on its
-roads. Nothing here opens a socket.
+The second chapter checks what others wrote: what a message must look like stands once,
+as data (its shape), and `fit` checks a message against it. The third one reads
+servers.json, which describes the city, and finds the shortest ways on its roads.
 
 Read next: cloud_server.py, which walks this ring.
 Left out on purpose: brokers that join or leave while the city runs.
@@ -133,9 +132,6 @@ def read_object(text: bytes) -> dict:
 
 
 def to_json(value) -> bytes:
-    """For None nothing: an empty message takes a retained one away."""
-    if value is None:
-        return b""
     return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 

@@ -77,10 +77,8 @@ class Client:
 
     The connection never raises. While it is down, what is published is dropped, and
     `attend` tries to connect again. That is enough, as all that counts is said again
-    (soft state): each new connection begins with `greet`.
-
-    Each connection has a paho client of its own, so that nothing unsent of the last one
-    comes back later. One thread touches all of this, the one that runs `live`.
+    (soft state): each new connection begins with `greet`. Each has a paho client of its
+    own, so that nothing unsent of the last one comes back later.
     """
     is_stopping = False         # all of them are; the main thread says when
 
@@ -256,9 +254,7 @@ class Station(Client):
         self.publish(f"{self.topic}/online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
 
-    # --- what it hears
-    #     a claim     takes a spot, renews it, or is refused; the fog's is answered, too
-    #     a leave     frees it at once; so does a lease without a claim, in its time
+    # --- what it hears: claims and leaves
 
     def hear(self, topic, message):
         """Retained messages are old: only our own state counts, as our memory."""
@@ -276,6 +272,7 @@ class Station(Client):
                 self.serve()
 
     def claim(self, car, claim):
+        """It takes a spot, renews it, or is refused. The fog's claim has an id."""
         claim_id = claim.get("id", "")
         request = claim_id.rpartition("@")[0]
         ok = self.take(car, claim["use"], request)
