@@ -45,8 +45,7 @@ INSIST = 1.0        # ... and s between its claims until then
 
 class Car(Client):
     """Touched by its own thread only, the one that runs `live`. Each step of its life
-    is a method, which lasts until the next step. All of them pass their time in
-    `pause`, where the connection is looked after and the spot is claimed."""
+    passes its time in `pause`, where connection and spot are looked after."""
     def __init__(self, name, city, at, battery, speed, charges):
         super().__init__(name, city.broker_of(at))
         self.city = city

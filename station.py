@@ -53,9 +53,8 @@ STATE = {"station": NAME, "spots": SPOTS, "free": COUNTER, "cars": {NAME: USE},
 
 
 # --- The connection of a station or a car ---------------------------------------------
-# paho-mqtt speaks MQTT for us. Its client could have a thread of its own; here instead
-# a station's or car's thread lets it work, again and again (`loop`). So a message is
-# handled between two steps of that thread, and never in the middle of one: no locks.
+# paho-mqtt speaks MQTT for us, whenever a station's or car's own thread lets it work
+# (`loop`). So a message is handled between two steps of that thread: no locks.
 
 def mqtt_client(client_id):
     """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
