@@ -198,16 +198,16 @@ class Car(Client):
     def keep_spot(self):
         """Every third of a lease, so that one claim may be lost or late."""
         lease = self.offer["lease"]
-        pause = lease / 3
+        interval = lease / 3
         if self.doing == "charging" and self.shown != "charging":
-            pause = INSIST
+            interval = INSIST
         since = monotonic() - self.last_claim
         if since > lease:
             self.tell("->", self.offer["station"], self.request_id,
                       "could not be claimed for a lease: the spot is lost")
             self.offer = None
             self.shown = None
-        elif since > pause:
+        elif since > interval:
             self.claim()
 
     def claim(self):

@@ -177,7 +177,7 @@ SPOTS = whole(1, 200)
 def is_host(text) -> bool:
     with suppress(UnicodeError):
         if isinstance(text, str) and text.isprintable():
-            return text.encode("idna") != b""
+            return text.encode("idna") != b""   # as whoever looks it up does first
     return False
 
 
@@ -252,8 +252,8 @@ class City:
     def within_range(self, start, km):
         """The ways to the stations that are at most so many km away, the nearest first:
         {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
-        ways = self.ways(start)
-        return {name: ways[name] for name in ways if ways[name].km <= km}
+        return {name: way for name, way in self.ways(start).items()
+                if way.km <= km}
 
 
 def load(path):

@@ -79,7 +79,7 @@ class Client:
     (soft state): each new connection begins with `greet`. Each has a paho client of its
     own, so that nothing unsent of the last one comes back later.
     """
-    is_stopping = False         # all of them are; the main thread says when
+    is_stopping = False     # all of a process at once; the main thread says when
 
     def __init__(self, name, broker):
         self.name = name
@@ -166,7 +166,7 @@ def live_until_stopped(parts):
     for part in parts:
         threading.Thread(target=part.live, daemon=True).start()
     try:
-        while threading.active_count() > 1:     # (Ctrl-C would break a thread's join())
+        while threading.active_count() > 1:     # (a join() does not survive Ctrl-C)
             sleep(TURN)
     finally:
         Client.is_stopping = True
