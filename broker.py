@@ -70,20 +70,6 @@ LEVELS = 128                # of a topic or topic filter
 ABSENT = 1_000              # sessions of absent clients
 RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together
 
-# The types of MQTT packets
-(CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
- UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = range(1, 15)
-
-
-class ProtocolError(Exception):
-    """A client broke the standard: its connection is closed. [MQTT-4.8.0-1] With a
-    second argument: it may not connect, and its CONNACK has that code."""
-
-
-def require(condition, why, *code):
-    if not condition:
-        raise ProtocolError(why, *code)
-
 
 # ===== 1. MQTT packets: bytes <-> fields ==============================================
 #     byte 0             bytes 1 to 4            the body
@@ -92,19 +78,21 @@ def require(condition, why, *code):
 #     +------+-------+   +------------------+   +----------------------+---------+
 #      4 bits  4 bits     7 bits a byte; its highest bit: one more byte follows
 
-# The flags of all but PUBLISH are fixed, and 0 if not listed here. [MQTT-2.2.2-1]
-FLAGS = {PUBREL: 0b0010, SUBSCRIBE: 0b0010, UNSUBSCRIBE: 0b0010}
+# Byte 0 of each type of packet: all but PUBLISH have fixed flags. [MQTT-2.2.2-1]
+(CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK,
+ UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT) = bytes.fromhex(
+     "10 20 30 40 50 62 70 82 90 A2 B0 C0 D0 E0")
+
+# The flags of PUBLISH: it is sent again; the quality of service; keep it for later
+DUP = 0b1000
+QOS = 0b0110
+RETAIN = 0b0001
+# Byte 0 with them: there is no DUP with QoS 0, and no QoS 3. [MQTT-3.3.1-2], 4
+PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
 # What is handled even while retained messages are being handed out to that client
 OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
-# The flags of PUBLISH: it is sent again; the quality of service; keep it for later
-DUP = 0b1000
-QOS_BITS = 0b0110
-QOS = {0b0000: 0, 0b0010: 1, 0b0100: 2}     # both bits are impossible [MQTT-3.3.1-4]
-RETAIN = 0b0001
-
-WILDCARD = re.compile("[+#]")
 TOPIC = re.compile("[^+#]+", re.DOTALL)     # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
 FILTER = re.compile(r"""
     (?=.)                       # it is not empty [MQTT-4.7.3-1]
@@ -123,47 +111,38 @@ class Message(NamedTuple):
 
 def take_packet(buffer: bytearray):
     """Cut the first Packet off. None: it is not all there yet. TCP carries bytes, not
-    packets: what comes at once may be a part of one, or many. Wrong flags are found at
-    the first byte: a browser or TLS client is not kept waiting."""
-    if not buffer:
-        return None
-    kind, flags = divmod(buffer[0], 16)
-    require(kind == PUBLISH or flags == FLAGS.get(kind, 0), "impossible flags")
+    packets: what comes at once may be a part of one, or many."""
     length = 0
     for place, byte in enumerate(buffer[1:5]):
         length += byte % 128 * 128 ** place
         if byte < 128:
             start = place + 2
             end = start + length
-            require(end <= LIMIT, "the packet is too long")
+            need(end <= LIMIT, "the packet is too long")
             if end > len(buffer):
                 return None
             packet = Packet(buffer[start:end])
-            packet.kind = kind
-            packet.flags = flags
+            packet.first = buffer[0]
             del buffer[:end]
             return packet
-    require(len(buffer) < 5, "a length of more than four bytes")
+    need(len(buffer) < 5, "a length of more than four bytes")
     return None
 
 
 class Packet(io.BytesIO):
-    """A packet that came in: the fields of its body are read one by one. It has a
-    `kind` and `flags`, too, from its first byte."""
+    """A packet that came in. The fields of its body are read one by one; `first` is its
+    byte 0."""
     def take(self, count):
         field = self.read(count)
-        require(len(field) == count, "a packet that ends in a field")
+        need(len(field) == count, "a packet that ends in a field")
         return field
 
-    def byte(self):
-        return self.take(1)[0]
-
-    def number(self):
-        return int.from_bytes(self.take(2), "big")
+    def number(self, size=2):
+        return int.from_bytes(self.take(size), "big")
 
     def packet_id(self):
         packet_id = self.number()
-        require(packet_id, "packet identifier 0")                   # [MQTT-2.3.1-1]
+        need(packet_id, "packet identifier 0")                      # [MQTT-2.3.1-1]
         return packet_id
 
     def data(self):
@@ -173,26 +152,27 @@ class Packet(io.BytesIO):
         try:
             text = self.data().decode()
         except UnicodeDecodeError:
-            raise ProtocolError("not UTF-8") from None              # [MQTT-1.5.3-1]
-        require("\0" not in text, "a text with U+0000")             # [MQTT-1.5.3-2]
+            raise Invalid("not UTF-8") from None                    # [MQTT-1.5.3-1]
+        need("\0" not in text, "a text with U+0000")                # [MQTT-1.5.3-2]
         return text
 
     def topic(self):
         topic = self.text()
-        require(TOPIC.fullmatch(topic), "not a topic")
-        require(topic.count("/") < LEVELS, "a topic of too many levels")
+        need(TOPIC.fullmatch(topic), "not a topic")
+        need(topic.count("/") < LEVELS, "a topic of too many levels")
         return topic
 
-    def topic_filter(self):
-        topic_filter = self.text()
-        require(FILTER.fullmatch(topic_filter), "not a topic filter")
-        return topic_filter
-
-    def has_more(self):
-        return self.tell() < len(self.getbuffer())
+    def topic_filters(self):
+        """Up to its end, at least one. [MQTT-3.8.3-3], [MQTT-3.10.3-2]"""
+        at_end = False
+        while not at_end:
+            topic_filter = self.text()
+            need(FILTER.fullmatch(topic_filter), "not a topic filter")
+            yield topic_filter      # here whoever asks reads its QoS
+            at_end = self.tell() == len(self.getbuffer())
 
     def end(self):
-        require(not self.has_more(), "bytes left over")
+        need(not self.read(), "bytes left over")
 
 
 # CONNECT: protocol name | level | flags | keepalive | id | will | user | password
@@ -203,8 +183,7 @@ class Packet(io.BytesIO):
 USER = 0b1000_0000
 PASSWORD = 0b0100_0000
 WILL_RETAIN = 0b0010_0000
-WILL_QOS_BITS = 0b0001_1000
-WILL_QOS = {0b0000_0000: 0, 0b0000_1000: 1, 0b0001_0000: 2}
+WILL_QOS = 0b0001_1000
 WILL = 0b0000_0100
 CLEAN = 0b0000_0010
 RESERVED = 0b0000_0001
@@ -214,45 +193,40 @@ RESERVED = 0b0000_0001
 # Its flags say which are there, and must not contradict each other.
 
 def take_will(packet: Packet, flags: int) -> Message | None:
-    if not flags & WILL:                                            # -13 and -15
-        require(not flags & (WILL_QOS_BITS | WILL_RETAIN), "flags, but no will")
-        return None
-    require(flags & WILL_QOS_BITS in WILL_QOS, "impossible QoS")    # [MQTT-3.1.2-14]
-    return Message(packet.topic(), packet.data(), WILL_QOS[flags & WILL_QOS_BITS],
-                   bool(flags & WILL_RETAIN))
+    qos = (flags & WILL_QOS) // 8
+    if flags & WILL:
+        need(qos < 3, "impossible QoS")                             # [MQTT-3.1.2-14]
+        return Message(packet.topic(), packet.data(), qos, bool(flags & WILL_RETAIN))
+    need(not flags & (WILL_QOS | WILL_RETAIN), "flags of no will")  # -13 and -15
+    return None
 
 
 def take_user(packet: Packet, flags: int) -> tuple[str, bytes]:
-    if not flags & USER:
-        require(not flags & PASSWORD, "a password, but no user")    # [MQTT-3.1.2-22]
-        return "", b""
-    user = packet.text()
-    return user, (packet.data() if flags & PASSWORD else b"")
+    if flags & USER:
+        return packet.text(), (packet.data() if flags & PASSWORD else b"")
+    need(not flags & PASSWORD, "a password, but no user")           # [MQTT-3.1.2-22]
+    return "", b""
 
 
-def encode(kind: int, *fields: bytes, flags: int = 0) -> bytes:
+def encode(first: int, *fields: bytes) -> bytes:
     body = b"".join(fields)
     length = len(body)
     digits = []
     while length > 127:
         length, digit = divmod(length, 128)
         digits.append(digit + 128)
-    return bytes([kind * 16 + flags, *digits, length]) + body
+    return bytes([first, *digits, length]) + body
 
 
 pack = struct.Struct(">H").pack     # a number of two bytes
-
-
-def encode_ack(kind: int, packet_id: int) -> bytes:
-    return encode(kind, pack(packet_id), flags=FLAGS.get(kind, 0))
 
 
 @functools.lru_cache(8)     # so it is encoded once for all its subscribers of QoS 0
 def encode_publish(message: Message, packet_id: int) -> bytes:
     topic = message.topic.encode()
     number = pack(packet_id) if message.qos else b""
-    return encode(PUBLISH, pack(len(topic)), topic, number, message.payload,
-                  flags=message.qos * 2 + message.retain)
+    return encode(PUBLISH + message.qos * 2 + message.retain,
+                  pack(len(topic)), topic, number, message.payload)
 
 
 # ===== 2. The MQTT server: topic tree, sessions, connections ==========================
@@ -469,11 +443,8 @@ class Connection(asyncio.Protocol):
                     self.transport.pause_reading()
                     self.turn = self.server.loop.call_later(self.pause, self.work)
                     return
-        except ProtocolError as fault:
-            why, *code = fault.args
-            if code:
-                self.send(encode(CONNACK, bytes([0, *code])))   # no session [-3.2.2-4]
-            self.close(why)
+        except Invalid as fault:                                # [MQTT-4.8.0-1]
+            self.close(str(fault))
         self.transport.resume_reading()
 
     def do_next(self):
@@ -486,19 +457,23 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session and (session.wanted or session.begun) and self.hand_one():
             return True
+        if not self.buffer:
+            return False
+        first = self.buffer[0]      # a browser or TLS client is not kept waiting
+        need(first in self.HANDLERS, "a packet that no client may send")
+        need((first == CONNECT) == (session is None),
+             "CONNECT must be the first packet, and no other")  # [MQTT-3.1.0-1], 2
         packet = take_packet(self.buffer)
         if packet is None:
             return False
-        if session is None:                                     # [MQTT-3.1.0-1]
-            require(packet.kind == CONNECT, "CONNECT must be the first packet")
-        require(packet.kind in self.HANDLERS, "a packet that no client may send")
-        self.HANDLERS[packet.kind](self, packet)
+        self.HANDLERS[first](self, packet)
         return True
 
     def hand_one(self):
         """One retained message. Returns whether there was one to look at now."""
-        kind = self.buffer[0] // 16 if self.buffer else None
-        if kind in OVERTAKES or self.session.is_behind():
+        if self.buffer and self.buffer[0] in OVERTAKES:
+            return False
+        if self.session.is_behind():
             return False
         if next(self.handout, False):
             return True
@@ -508,26 +483,31 @@ class Connection(asyncio.Protocol):
     # --- CONNECT, DISCONNECT, PINGREQ
 
     def do_connect(self, packet):
-        require(not self.session, "a second CONNECT")           # [MQTT-3.1.0-2]
-        require(packet.text() == "MQTT", "not MQTT")            # [MQTT-3.1.2-1]
-        require(packet.byte() == 4, "a version but 3.1.1", 1)   # [MQTT-3.1.2-2]
-        flags = packet.byte()
-        require(not flags & RESERVED, "a reserved flag")        # [MQTT-3.1.2-3]
+        need(packet.text() == "MQTT", "not MQTT")               # [MQTT-3.1.2-1]
+        self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
+        flags = packet.number(1)
+        need(not flags & RESERVED, "a reserved flag")           # [MQTT-3.1.2-3]
         keepalive = packet.number() or math.inf                 # 0: there is none
         client_id = packet.text()
         will = take_will(packet, flags)
         user, password = take_user(packet, flags)
         packet.end()
-        require(client_id or flags & CLEAN, "no id for its session", 2)  # [-3.1.3-8]
-        require(may_connect(client_id, user, password), "wrong key", 5)
+        self.admit(client_id or flags & CLEAN, "no id for its session", 2)  # [-3.1.3-8]
+        self.admit(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
         if will:
-            require(may_publish(client_id, will.topic, self.server.brokers),
-                    "a will in another's name", 5)
+            self.admit(may_publish(client_id, will.topic, self.server.brokers),
+                       "a will in another's name", 5)
         self.will = will
         self.patience = 1.5 * keepalive
         self.server.open_session(self, client_id, bool(flags & CLEAN))
+
+    def admit(self, condition, why, code):
+        """Who may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
+        if not condition:
+            self.send(encode(CONNACK, bytes([0, code])))
+            raise Invalid(why)
 
     def do_disconnect(self, packet):
         packet.end()
@@ -545,28 +525,26 @@ class Connection(asyncio.Protocol):
 
     def do_publish(self, packet):
         """topic | packet identifier, unless QoS 0 | payload"""
-        qos = QOS.get(packet.flags & QOS_BITS, 0)
-        if qos == 0:                                            # [MQTT-3.3.1-2], 4
-            require(packet.flags in (0, RETAIN), "impossible flags")
+        qos = (packet.first & QOS) // 2
         topic = packet.topic()
         packet_id = packet.packet_id() if qos else 0
-        require(may_publish(self.session.client_id, topic, self.server.brokers),
+        need(may_publish(self.session.client_id, topic, self.server.brokers),
                 "publishes in another's name")
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
             self.pause = self.server.publish(
-                topic, packet.read(), qos, bool(packet.flags & RETAIN))
+                topic, packet.read(), qos, packet.first & RETAIN)
         if qos == 1:
-            self.send(encode_ack(PUBACK, packet_id))            # [MQTT-4.3.2-2]
+            self.send(encode(PUBACK, pack(packet_id)))            # [MQTT-4.3.2-2]
         elif qos == 2:
             self.session.received.add(packet_id)                # [MQTT-4.3.3-2]
-            require(self.session.size() <= BUDGET, "releases too little")
-            self.send(encode_ack(PUBREC, packet_id))
+            need(self.session.size() <= BUDGET, "releases too little")
+            self.send(encode(PUBREC, pack(packet_id)))
 
     def do_pubrel(self, packet):
         packet_id = packet.packet_id()
         packet.end()
         self.session.received.discard(packet_id)
-        self.send(encode_ack(PUBCOMP, packet_id))               # [MQTT-4.3.3-2]
+        self.send(encode(PUBCOMP, pack(packet_id)))               # [MQTT-4.3.3-2]
 
     # --- Messages to the client: the same handshakes, the other way round
     #     QoS 1   <- PUBLISH  PUBACK ->
@@ -577,10 +555,10 @@ class Connection(asyncio.Protocol):
         packet.end()
         unacked = self.session.unacked.get(packet_id)   # None: the handshake goes on
         if unacked:
-            require(unacked.awaits == packet.kind, "the wrong acknowledgement")
+            need(unacked.awaits == packet.first, "the wrong acknowledgement")
             self.session.forget(packet_id)
-        if packet.kind == PUBREC:
-            pubrel = encode_ack(PUBREL, packet_id)
+        if packet.first == PUBREC:
+            pubrel = encode(PUBREL, pack(packet_id))
             if unacked:
                 self.session.keep(packet_id, Unacked(pubrel, PUBCOMP))
             self.send(pubrel)                                   # [MQTT-4.3.3-1]
@@ -591,27 +569,24 @@ class Connection(asyncio.Protocol):
         """packet identifier | topic filter, QoS | topic filter, QoS | ..."""
         packet_id = packet.packet_id()
         codes = []
-        while not codes or packet.has_more():                   # [MQTT-3.8.3-3]
-            topic_filter = packet.topic_filter()
-            qos = packet.byte()
-            require(qos <= 2, "impossible QoS")                 # [MQTT-3-8.3-4]
+        for topic_filter in packet.topic_filters():
+            qos = packet.number(1)
+            need(qos <= 2, "impossible QoS")                 # [MQTT-3-8.3-4]
             codes.append(self.server.subscribe(self.session, topic_filter, qos))
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
 
     def do_unsubscribe(self, packet):
         """packet identifier | topic filter | topic filter | ..."""
         packet_id = packet.packet_id()
-        filters = set()
-        while not filters or packet.has_more():                 # [MQTT-3.10.3-2]
-            filters.add(packet.topic_filter())
-        for topic_filter in filters & self.session.filters:
+        for topic_filter in packet.topic_filters():
             self.server.unsubscribe(self.session, topic_filter)
-        self.send(encode_ack(UNSUBACK, packet_id))              # [MQTT-3.10.4-5]
+        self.send(encode(UNSUBACK, pack(packet_id)))              # [MQTT-3.10.4-5]
 
-    HANDLERS = {CONNECT: do_connect, PUBLISH: do_publish, PUBACK: do_acknowledge,
-                PUBREC: do_acknowledge, PUBREL: do_pubrel, PUBCOMP: do_acknowledge,
-                SUBSCRIBE: do_subscribe, UNSUBSCRIBE: do_unsubscribe,
-                PINGREQ: do_pingreq, DISCONNECT: do_disconnect}
+    HANDLERS = {CONNECT: do_connect, **dict.fromkeys(PUBLISHES, do_publish),
+                PUBACK: do_acknowledge, PUBREC: do_acknowledge, PUBREL: do_pubrel,
+                PUBCOMP: do_acknowledge, SUBSCRIBE: do_subscribe,
+                UNSUBSCRIBE: do_unsubscribe, PINGREQ: do_pingreq,
+                DISCONNECT: do_disconnect}
 
     # --- What goes out
 
@@ -724,6 +699,8 @@ class MqttServer:
         return qos
 
     def unsubscribe(self, session, topic_filter):
+        if topic_filter not in session.filters:
+            return
         session.filters.remove(topic_filter)
         session.wanted.pop(topic_filter, None)
         session.begun.pop(topic_filter, None)
@@ -742,7 +719,7 @@ class MqttServer:
         for topic_filter in session.begun:
             filters[topic_filter] = topic_filter
         topics = session.begun
-        if WILDCARD.search(" ".join(topics)):
+        if not TOPIC.fullmatch(" ".join(topics)):
             topics = self.retained                      # any of them may match
         for topic in list(topics):
             message = self.retained.get(topic)
