@@ -287,32 +287,32 @@ class TopicTree(MQTTMatcher):
         return found
 
 
-# What is sent again on the next connection if it was not acknowledged on this one
-class Unacked(NamedTuple):
-    packet: bytes           # PUBLISH; with QoS 2 PUBREL takes its place later
-    awaits: int             # PUBACK, PUBREC or PUBCOMP
+def cost(*kept: str | bytes) -> int:
+    """What a thing takes of the budget that it is kept within, in bytes."""
+    return OVERHEAD + sum(map(len, kept))
 
 
 class Session:
     """What the server knows of a client id. Unless `clean`, it outlives the connection,
     so that an absent client misses nothing: what comes meanwhile is kept for it. All of
-    it together takes at most BUDGET bytes, by `size`; else one client could use up the
-    memory of all."""
+    it together takes at most BUDGET bytes; else one client could use up the memory of
+    all."""
     def __init__(self, client_id, clean):
         self.client_id = client_id
         self.clean = clean
         self.connection = None      # while it is connected
-        self.filters = set()
-        self.unacked = {}           # packet id: Unacked, the oldest first
+        self.filters = {}           # topic filter: what it costs
+        self.room = BUDGET          # what they leave of it, in bytes
+        self.unacked = {}           # packet id: (the type of packet that acknowledges
+        self.unacked_bytes = 0      # it, PUBLISH or PUBREL), the oldest first
         self.received = set()       # ids of QoS 2 that are not yet released
         self.ids = itertools.count()
-        self.filter_bytes = 0       # what filters and unacked cost
-        self.unacked_bytes = 0
-        self.wanted = {}            # filters whose retained messages are to be given,
-        self.begun = {}             # and are being given now; with their QoS
+        self.wanted = {}            # new filters and their QoS: their retained messages
+        self.handout = None         # are to be given; a generator, which gives them now
 
     def size(self):
-        return self.filter_bytes + self.unacked_bytes + OVERHEAD * len(self.received)
+        """In bytes, what must fit into its room."""
+        return self.unacked_bytes + OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
         """Send or keep a message: the lower QoS of publisher and subscriber counts.
@@ -323,24 +323,20 @@ class Session:
             message = message._replace(qos=granted)
         packet_id = self.next_id() if message.qos else 0
         packet = encode_publish(message, packet_id)
-        if self.connection:
-            self.connection.send(packet)
         if message.qos:
-            self.keep(packet_id, Unacked(
-                packet, awaits=PUBACK if message.qos == 1 else PUBREC))
-            self.keep_to_budget()
+            self.keep(packet_id, PUBACK if message.qos == 1 else PUBREC, packet)
+        if self.connection is None:
+            return 0
+        self.connection.send(packet)
         if self.is_behind():
             return PAUSE * (1 + len(packet) // 1024)
         return 0
 
     def is_behind(self):
-        """Half of its budget waits to be read, or half of what its filters leave of it
-        to be acknowledged. Publishers slow down for it (backpressure), but do not stop:
-        who never reads is dropped."""
-        if self.connection is None:
-            return False
-        room = BUDGET - self.filter_bytes
-        return self.connection.is_blocked or self.unacked_bytes > room // 2
+        """Half of what may wait to be read does, or half of what may wait to be
+        acknowledged. Publishers slow down for it (backpressure), but do not stop: who
+        never reads is dropped."""
+        return self.connection.is_blocked or self.unacked_bytes > self.room // 2
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -349,33 +345,32 @@ class Session:
             if packet_id not in self.unacked:
                 return packet_id
 
-    def keep(self, packet_id, unacked):
-        self.unacked[packet_id] = unacked
-        self.unacked_bytes += len(unacked.packet) + OVERHEAD
+    def keep(self, packet_id, awaits, packet):
+        """It is sent again on the next connection, unless `awaits` comes before."""
+        self.unacked[packet_id] = awaits, bytearray(packet)
+        self.unacked_bytes += cost(packet)
+        self.keep_to_budget()
 
     def forget(self, packet_id):
-        unacked = self.unacked.pop(packet_id)
-        self.unacked_bytes -= len(unacked.packet) + OVERHEAD
-
-    def disconnect(self):
-        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1] What was
-        being handed out will be handed out anew."""
-        self.connection = None
-        self.wanted = self.begun | self.wanted
-        self.keep_to_budget()
-        for packet_id, unacked in self.unacked.items():
-            packet = bytearray(unacked.packet)
-            if unacked.awaits != PUBCOMP:
-                packet[0] |= DUP
-            self.unacked[packet_id] = unacked._replace(packet=bytes(packet))
+        _, packet = self.unacked.pop(packet_id)
+        self.unacked_bytes -= cost(packet)
 
     def keep_to_budget(self):
-        """An absent client loses its oldest messages; a connected one is dropped."""
-        most = BUDGET if self.connection else BUDGET - LIMIT    # room for its return
-        while self.size() > most and self.unacked:
-            if self.connection:
-                return self.connection.drop("acknowledges too little")
+        """A connected client is dropped, an absent one loses its oldest messages."""
+        if self.connection:
+            if self.size() > self.room:
+                self.connection.drop("acknowledges or releases too little")
+            return
+        while self.unacked and self.size() > self.room - LIMIT:     # for its return
             self.forget(next(iter(self.unacked)))
+
+    def disconnect(self):
+        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1]"""
+        self.connection = None
+        self.keep_to_budget()
+        for awaits, packet in self.unacked.values():
+            if awaits != PUBCOMP:
+                packet[0] |= DUP
 
 
 class Connection(asyncio.Protocol):
@@ -396,12 +391,9 @@ class Connection(asyncio.Protocol):
         self.session = None         # from CONNECT on
         self.will = None
         self.buffer = bytearray()   # what came in and is not handled yet
-        self.out = []               # what goes out when the loop comes round,
-        self.waiting = 0            # and its bytes
+        self.out = bytearray()      # what goes out when the loop comes round
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
-        self.handout = iter(())     # what is retained for its new subscriptions
         self.pause = 0              # s, before its next packet
-        self.turn = None            # a TimerHandle: when it goes on
         self.is_closed = False
         self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
@@ -425,7 +417,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self):
         self.is_blocked = False
-        self.work()
+        if self.transport.is_reading():     # else it goes on when its pause is over
+            self.work()
 
     def work(self):
         """Do what there is to do, for a slice of time; then it is the others' turn. Who
@@ -433,15 +426,13 @@ class Connection(asyncio.Protocol):
         message."""
         end = monotonic() + SLICE
         self.pause = 0
-        if self.turn:
-            self.turn.cancel()      # it has only one at a time
         try:
             while self.do_next():
                 now = monotonic()
                 self.deadline = now + self.patience             # [MQTT-3.1.2-24]
                 if self.pause or now > end:
                     self.transport.pause_reading()
-                    self.turn = self.server.loop.call_later(self.pause, self.work)
+                    self.server.loop.call_later(self.pause, self.work)
                     return
         except Invalid as fault:                                # [MQTT-4.8.0-1]
             self.close(str(fault))
@@ -455,7 +446,7 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return False
         session = self.session
-        if session and (session.wanted or session.begun) and self.hand_one():
+        if session and (session.wanted or session.handout) and self.hand_one():
             return True
         if not self.buffer:
             return False
@@ -473,12 +464,15 @@ class Connection(asyncio.Protocol):
         """One retained message. Returns whether there was one to look at now."""
         if self.buffer and self.buffer[0] in OVERTAKES:
             return False
-        if self.session.is_behind():
+        session = self.session
+        if session.is_behind():
             return False
-        if next(self.handout, False):
+        if session.handout is None:
+            session.handout = self.server.hand_out(session)
+        if next(session.handout, False):
             return True
-        self.handout = self.server.hand_out(self.session)
-        return self.session.wanted
+        session.handout = None
+        return bool(session.wanted)
 
     # --- CONNECT, DISCONNECT, PINGREQ
 
@@ -537,7 +531,7 @@ class Connection(asyncio.Protocol):
             self.send(encode(PUBACK, pack(packet_id)))            # [MQTT-4.3.2-2]
         elif qos == 2:
             self.session.received.add(packet_id)                # [MQTT-4.3.3-2]
-            need(self.session.size() <= BUDGET, "releases too little")
+            self.session.keep_to_budget()
             self.send(encode(PUBREC, pack(packet_id)))
 
     def do_pubrel(self, packet):
@@ -553,14 +547,16 @@ class Connection(asyncio.Protocol):
     def do_acknowledge(self, packet):
         packet_id = packet.packet_id()
         packet.end()
-        unacked = self.session.unacked.get(packet_id)   # None: the handshake goes on
-        if unacked:
-            need(unacked.awaits == packet.first, "the wrong acknowledgement")
-            self.session.forget(packet_id)
+        session = self.session
+        is_known = packet_id in session.unacked     # if not, the handshake goes on
+        if is_known:
+            awaits, _ = session.unacked[packet_id]
+            need(packet.first == awaits, "the wrong acknowledgement")
+            session.forget(packet_id)
         if packet.first == PUBREC:
             pubrel = encode(PUBREL, pack(packet_id))
-            if unacked:
-                self.session.keep(packet_id, Unacked(pubrel, PUBCOMP))
+            if is_known:
+                session.keep(packet_id, PUBCOMP, pubrel)
             self.send(pubrel)                                   # [MQTT-4.3.3-1]
 
     # --- Subscriptions
@@ -595,18 +591,16 @@ class Connection(asyncio.Protocol):
         (call_soon): a call for each packet would take most of our time."""
         if not self.out:
             self.server.loop.call_soon(self.flush)
-        self.out.append(packet)
-        self.waiting += len(packet)
-        if self.waiting > LIMIT:
+        self.out += packet
+        if len(self.out) > LIMIT:
             self.flush()
 
     def flush(self):
         if self.out and not self.transport.is_closing():
-            self.transport.write(b"".join(self.out))
+            self.transport.write(bytes(self.out))
             if self.transport.get_write_buffer_size() > BUDGET:
                 self.drop("reads too slowly")
         self.out.clear()
-        self.waiting = 0
 
     def drop(self, why):
         """Called while a message goes to many: from now on nothing goes to this client,
@@ -656,8 +650,8 @@ class MqttServer:
         session.connection = connection
         connection.session = session
         connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
-        for unacked in session.unacked.values():
-            connection.send(unacked.packet)
+        for _, packet in session.unacked.values():
+            connection.send(packet)
         self.tell("<-", client_id, "connects")
 
     def close_session(self, connection, why):
@@ -689,11 +683,12 @@ class MqttServer:
         if topic_filter.count("/") >= LEVELS:
             return 0x80
         if topic_filter not in session.filters:
-            cost = filter_cost(topic_filter)
-            if session.size() + cost > BUDGET:
+            # Each of its levels may be a node of the topic tree.
+            taken = sum(map(cost, topic_filter.split("/")))
+            if session.size() + taken > session.room:
                 return 0x80
-            session.filters.add(topic_filter)
-            session.filter_bytes += cost
+            session.filters[topic_filter] = taken
+            session.room -= taken
         self.tree.add(topic_filter, session, qos)
         session.wanted[topic_filter] = qos
         return qos
@@ -701,33 +696,28 @@ class MqttServer:
     def unsubscribe(self, session, topic_filter):
         if topic_filter not in session.filters:
             return
-        session.filters.remove(topic_filter)
+        session.room += session.filters.pop(topic_filter)
         session.wanted.pop(topic_filter, None)
-        session.begun.pop(topic_filter, None)
-        session.filter_bytes -= filter_cost(topic_filter)
         self.tree.remove(topic_filter, session)
 
     def hand_out(self, session):
         """What is retained for new subscriptions; the flag is on. [MQTT-3.3.1-6], 8
 
         One topic at a time: there may be thousands, and in between others have their
-        turn. What a lost connection had begun begins anew on the next one, so some
-        messages may come twice."""
-        session.begun = session.wanted
-        session.wanted = {}
-        filters = MQTTMatcher()
-        for topic_filter in session.begun:
-            filters[topic_filter] = topic_filter
-        topics = session.begun
+        turn. If the connection is lost, the next one goes on where this one was."""
+        filters = TopicTree()
+        for topic_filter, qos in session.wanted.items():
+            filters.add(topic_filter, topic_filter, qos)
+        topics = session.wanted
         if not TOPIC.fullmatch(" ".join(topics)):
             topics = self.retained                      # any of them may match
+        session.wanted = {}
         for topic in list(topics):
             message = self.retained.get(topic)
-            for topic_filter in filters.iter_match(topic):
-                if message and topic_filter in session.begun:       # still [-3.10.4-2]
-                    session.deliver(message, session.begun[topic_filter])
+            for topic_filter, qos in filters.match(topic).items():
+                if message and topic_filter in session.filters:     # still [-3.10.4-2]
+                    session.deliver(message, qos)
             yield True
-        session.begun = {}
 
     def subscribe_inside(self, topic_filter, subscriber):
         self.tree.add(topic_filter, subscriber, 0)      # no session, so nothing is kept
@@ -748,22 +738,13 @@ class MqttServer:
         none than an old one."""
         old = self.retained.pop(message.topic, None)
         if old:
-            self.retained_bytes -= retained_cost(old)
+            self.retained_bytes -= cost(old.topic, old.payload)
         if message.payload == b"":
             return                                              # [MQTT-3.3.1-10], 11
-        bytes_then = self.retained_bytes + retained_cost(message)
+        bytes_then = self.retained_bytes + cost(message.topic, message.payload)
         if bytes_then <= RETAINED_BYTES or message.topic in self.reserved:
             self.retained[message.topic] = message._replace(retain=True)
             self.retained_bytes = bytes_then
-
-
-def filter_cost(topic_filter: str) -> int:
-    """In bytes: each of its levels may be a node of the topic tree."""
-    return len(topic_filter) + OVERHEAD * (topic_filter.count("/") + 1)
-
-
-def retained_cost(message: Message) -> int:
-    return len(message.topic) + len(message.payload) + OVERHEAD
 
 
 # ===== 3. The fog node: what is near, free and alive ==================================
