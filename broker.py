@@ -630,8 +630,8 @@ class MqttServer:
         self.tell = tell
         self.loop = asyncio.get_running_loop()
         self.connections = set()
-        self.sessions = {}          # client id: Session
-        self.absent = {}            # Session: None; who has been away longest is first
+        self.present = {}           # client id: its Session; so, too, for those who
+        self.absent = {}            # are not connected, the longest away first
         self.tree = TopicTree()
         self.retained = {}          # topic: Message
         self.retained_bytes = 0
@@ -639,17 +639,16 @@ class MqttServer:
     def open_session(self, connection, client_id, clean):
         """A session belongs to a client id, and has one connection at most: an older
         one ends here (session takeover). What was unacknowledged is sent again."""
-        session = self.sessions.get(client_id)
-        if session and session.connection:
-            session.connection.close("was taken over")          # [MQTT-3.1.4-2]
-        if clean and client_id in self.sessions:
-            self.drop(session)                                  # [MQTT-3.1.2-6]
-        present = client_id in self.sessions
-        session = self.sessions.setdefault(client_id, Session(client_id, clean))
-        self.absent.pop(session, None)
+        if client_id in self.present:                           # [MQTT-3.1.4-2]
+            self.present[client_id].connection.close("was taken over")
+        if clean and client_id in self.absent:
+            self.drop(client_id)                                # [MQTT-3.1.2-6]
+        is_resumed = client_id in self.absent
+        session = self.absent.pop(client_id, None) or Session(client_id, clean)
+        self.present[client_id] = session
         session.connection = connection
         connection.session = session
-        connection.send(encode(CONNACK, bytes([present, 0])))   # [MQTT-3.2.2-1] to 3
+        connection.send(encode(CONNACK, bytes([is_resumed, 0])))    # [-3.2.2-1] to 3
         for _, packet in session.unacked.values():
             connection.send(packet)
         self.tell("<-", client_id, "connects")
@@ -662,21 +661,21 @@ class MqttServer:
         if session is None:
             self.tell("<-", "somebody", why)
             return
-        self.tell("<-", session.client_id, why)
+        client_id = session.client_id
+        self.tell("<-", client_id, why)
         session.disconnect()
-        self.absent[session] = None
+        self.absent[client_id] = self.present.pop(client_id)
         if session.clean:
-            self.drop(session)
+            self.drop(client_id)
         if len(self.absent) > ABSENT:
             self.drop(next(iter(self.absent)))
         if connection.will:
             self.publish(*connection.will)                      # [MQTT-3.1.2-8]
 
-    def drop(self, session):
+    def drop(self, client_id):
+        session = self.absent.pop(client_id)
         for topic_filter in session.filters:
             self.tree.remove(topic_filter, session)
-        del self.absent[session]
-        del self.sessions[session.client_id]
 
     def subscribe(self, session, topic_filter, qos):
         """Returns the code for SUBACK: the QoS, or a failure. [MQTT-3.8.4-5]"""
