@@ -90,6 +90,9 @@ RETAIN = 0b0001
 # Byte 0 with them: there is no DUP with QoS 0, and no QoS 3. [MQTT-3.3.1-2], 4
 PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
+# What answers a PUBLISH of QoS 1 and 2
+ANSWERS = {1: PUBACK, 2: PUBREC}
+
 # What is handled even while retained messages are being handed out to that client
 OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
@@ -189,23 +192,14 @@ CLEAN = 0b0000_0010
 RESERVED = 0b0000_0001
 
 
-# The fields that a CONNECT may lack: topic | payload of the will, and user | password.
-# Its flags say which are there, and must not contradict each other.
-
 def take_will(packet: Packet, flags: int) -> Message | None:
+    """topic | payload, if the flags say that they are there"""
     qos = (flags & WILL_QOS) // 8
     if flags & WILL:
         need(qos < 3, "impossible QoS")                             # [MQTT-3.1.2-14]
         return Message(packet.topic(), packet.data(), qos, bool(flags & WILL_RETAIN))
     need(not flags & (WILL_QOS | WILL_RETAIN), "flags of no will")  # -13 and -15
     return None
-
-
-def take_user(packet: Packet, flags: int) -> tuple[str, bytes]:
-    if flags & USER:
-        return packet.text(), (packet.data() if flags & PASSWORD else b"")
-    need(not flags & PASSWORD, "a password, but no user")           # [MQTT-3.1.2-22]
-    return "", b""
 
 
 def encode(first: int, *fields: bytes) -> bytes:
@@ -324,7 +318,7 @@ class Session:
         packet_id = self.next_id() if message.qos else 0
         packet = encode_publish(message, packet_id)
         if message.qos:
-            self.keep(packet_id, PUBACK if message.qos == 1 else PUBREC, packet)
+            self.keep(packet_id, ANSWERS[message.qos], packet)
         if self.connection is None:
             return 0
         self.connection.send(packet)
@@ -481,10 +475,12 @@ class Connection(asyncio.Protocol):
         self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
         flags = packet.number(1)
         need(not flags & RESERVED, "a reserved flag")           # [MQTT-3.1.2-3]
+        need(flags & USER or not flags & PASSWORD, "a password, but no user")   # -22
         keepalive = packet.number() or math.inf                 # 0: there is none
         client_id = packet.text()
         will = take_will(packet, flags)
-        user, password = take_user(packet, flags)
+        user = packet.text() if flags & USER else ""
+        password = packet.data() if flags & PASSWORD else b""
         packet.end()
         self.admit(client_id or flags & CLEAN, "no id for its session", 2)  # [-3.1.3-8]
         self.admit(may_connect(client_id, user, password), "wrong key", 5)
@@ -523,22 +519,21 @@ class Connection(asyncio.Protocol):
         topic = packet.topic()
         packet_id = packet.packet_id() if qos else 0
         need(may_publish(self.session.client_id, topic, self.server.brokers),
-                "publishes in another's name")
+             "publishes in another's name")
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
             self.pause = self.server.publish(
                 topic, packet.read(), qos, packet.first & RETAIN)
-        if qos == 1:
-            self.send(encode(PUBACK, pack(packet_id)))            # [MQTT-4.3.2-2]
-        elif qos == 2:
+        if qos == 2:
             self.session.received.add(packet_id)                # [MQTT-4.3.3-2]
             self.session.keep_to_budget()
-            self.send(encode(PUBREC, pack(packet_id)))
+        if qos:
+            self.send(encode(ANSWERS[qos], pack(packet_id)))    # [MQTT-4.3.2-2]
 
     def do_pubrel(self, packet):
         packet_id = packet.packet_id()
         packet.end()
         self.session.received.discard(packet_id)
-        self.send(encode(PUBCOMP, pack(packet_id)))               # [MQTT-4.3.3-2]
+        self.send(encode(PUBCOMP, pack(packet_id)))             # [MQTT-4.3.3-2]
 
     # --- Messages to the client: the same handshakes, the other way round
     #     QoS 1   <- PUBLISH  PUBACK ->
@@ -567,7 +562,7 @@ class Connection(asyncio.Protocol):
         codes = []
         for topic_filter in packet.topic_filters():
             qos = packet.number(1)
-            need(qos <= 2, "impossible QoS")                 # [MQTT-3-8.3-4]
+            need(qos <= 2, "impossible QoS")                    # [MQTT-3-8.3-4]
             codes.append(self.server.subscribe(self.session, topic_filter, qos))
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
 
@@ -576,7 +571,7 @@ class Connection(asyncio.Protocol):
         packet_id = packet.packet_id()
         for topic_filter in packet.topic_filters():
             self.server.unsubscribe(self.session, topic_filter)
-        self.send(encode(UNSUBACK, pack(packet_id)))              # [MQTT-3.10.4-5]
+        self.send(encode(UNSUBACK, pack(packet_id)))            # [MQTT-3.10.4-5]
 
     HANDLERS = {CONNECT: do_connect, **dict.fromkeys(PUBLISHES, do_publish),
                 PUBACK: do_acknowledge, PUBREC: do_acknowledge, PUBREL: do_pubrel,
@@ -642,7 +637,7 @@ class MqttServer:
         if client_id in self.present:                           # [MQTT-3.1.4-2]
             self.present[client_id].connection.close("was taken over")
         if clean and client_id in self.absent:
-            self.drop(client_id)                                # [MQTT-3.1.2-6]
+            self.end_session(client_id)                         # [MQTT-3.1.2-6]
         is_resumed = client_id in self.absent
         session = self.absent.pop(client_id, None) or Session(client_id, clean)
         self.present[client_id] = session
@@ -666,13 +661,13 @@ class MqttServer:
         session.disconnect()
         self.absent[client_id] = self.present.pop(client_id)
         if session.clean:
-            self.drop(client_id)
+            self.end_session(client_id)
         if len(self.absent) > ABSENT:
-            self.drop(next(iter(self.absent)))
+            self.end_session(next(iter(self.absent)))
         if connection.will:
             self.publish(*connection.will)                      # [MQTT-3.1.2-8]
 
-    def drop(self, client_id):
+    def end_session(self, client_id):
         session = self.absent.pop(client_id)
         for topic_filter in session.filters:
             self.tree.remove(topic_filter, session)
@@ -1369,33 +1364,31 @@ class ExternalServer:
     grow past one machine. Several brokers may share it, as their topics differ. It has
     the same two methods as MqttServer: paho's thread hands what it hears over to the
     loop, and may be told to publish."""
-    def __init__(self, broker, tell):
-        self.tell = tell
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, broker, fog):
+        self.fog = fog
         self.filters = []
         self.client = mqtt_client(broker.name)
         self.client.on_connect = self.on_connect
-        self.client.on_disconnect = lambda *_: tell("<-", "mqtt", "connection lost")
-        self.client.on_connect_fail = lambda *_: tell("->", "mqtt", "no answer yet")
+        self.client.on_disconnect = lambda *_: fog.tell("<-", "mqtt", "connection lost")
+        self.client.on_connect_fail = lambda *_: fog.tell("->", "mqtt", "no answer yet")
         self.client.reconnect_delay_set(1, 2)
         self.client.connect_async(broker.host, broker.mqtt, keepalive=5)
 
     def subscribe_inside(self, topic_filter, subscriber):
         self.filters.append((topic_filter, 1))
         self.client.message_callback_add(topic_filter, self.on_message)
-        self.subscriber = subscriber
 
     def on_connect(self, client, data, flags, code, properties):
         """Each time: a server that was started again knows no subscriptions, and who is
         not online there is not online."""
-        self.tell("<-", "mqtt", f"the external server says: {code}")
+        self.fog.tell("<-", "mqtt", f"the external server says: {code}")
         if not code.is_failure:
-            self.loop.call_soon_threadsafe(self.subscriber.online.clear)
+            self.fog.loop.call_soon_threadsafe(self.fog.online.clear)
             client.subscribe(self.filters)
 
     def on_message(self, client, data, message):
         heard = Message(message.topic, message.payload, retain=message.retain)
-        self.loop.call_soon_threadsafe(self.subscriber.deliver, heard, 0)
+        self.fog.loop.call_soon_threadsafe(self.fog.deliver, heard, 0)
 
     def publish(self, topic, payload, qos):
         with suppress(ValueError):      # to a car that calls itself "+" or "#"
@@ -1404,7 +1397,7 @@ class ExternalServer:
 
 async def start_mqtt(broker, city, fog, external):
     if external:
-        server = ExternalServer(broker, fog.tell)
+        server = ExternalServer(broker, fog)
         fog.attach(server)
         server.client.loop_start()      # paho's thread: it reads and writes the socket
         return

@@ -1619,13 +1619,13 @@ class Packets(unittest.IsolatedAsyncioTestCase):
                 assert client.is_closed, why
                 self.assertEqual(said, [(self.parse(text),) for text in answer], why)
 
-    def test_all_that_connect_may_say(self):
+    async def test_all_that_connect_may_say(self):
         """[MQTT-3.1.3-1] In this order."""
-        fields = encode(0, 0, "t", "x", "me", "password")[2:]
-        packet = broker.Packet(fields)
-        self.assertEqual(broker.take_will(packet, 0b1110_1100), ("t", b"x", 1, True))
-        self.assertEqual(broker.take_user(packet, 0b1110_1100), ("me", b"password"))
-        packet.end()
+        server = broker.MqttServer(set(), set(), mock.Mock())
+        packet = connect("eve", "t", "x", "me", "password", flags=0b1110_1110)
+        with mock.patch.object(broker, "may_connect") as may_connect:
+            self.assertEqual(join(server, packet).will, ("t", b"x", 1, True))
+        may_connect.assert_called_once_with("eve", "me", b"password")
 
     def test_each_length_there_and_back(self):
         for size in 0, 127, 128, 16_383, 16_384, cloud_server.LIMIT - 4:
