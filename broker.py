@@ -167,12 +167,12 @@ class Packet(io.BytesIO):
 
     def topic_filters(self):
         """Up to its end, at least one. [MQTT-3.8.3-3], [MQTT-3.10.3-2]"""
-        at_end = False
-        while not at_end:
+        while True:
             topic_filter = self.text()
             need(FILTER.fullmatch(topic_filter), "not a topic filter")
-            yield topic_filter      # here whoever asks reads its QoS
-            at_end = self.tell() == len(self.getbuffer())
+            yield topic_filter      # meanwhile whoever asks reads its QoS
+            if self.tell() == len(self.getbuffer()):
+                return
 
     def end(self):
         need(not self.read(), "bytes left over")
@@ -216,10 +216,10 @@ pack = struct.Struct(">H").pack     # a number of two bytes
 
 
 @functools.lru_cache(8)     # so it is encoded once for all its subscribers of QoS 0
-def encode_publish(message: Message, packet_id: int) -> bytes:
+def encode_publish(message: Message, qos: int, packet_id: int) -> bytes:
     topic = message.topic.encode()
-    number = pack(packet_id) if message.qos else b""
-    return encode(PUBLISH + message.qos * 2 + message.retain,
+    number = pack(packet_id) if qos else b""
+    return encode(PUBLISH + 2 * qos + message.retain,
                   pack(len(topic)), topic, number, message.payload)
 
 
@@ -297,8 +297,8 @@ class Session:
         self.connection = None      # while it is connected
         self.filters = {}           # topic filter: what it costs
         self.room = BUDGET          # what they leave of it, in bytes
-        self.unacked = {}           # packet id: (the type of packet that acknowledges
-        self.unacked_bytes = 0      # it, PUBLISH or PUBREL), the oldest first
+        self.unacked = {}           # packet id: (PUBLISH or PUBREL, what may answer
+        self.unacked_bytes = 0      # it), the oldest first
         self.received = set()       # ids of QoS 2 that are not yet released
         self.ids = itertools.count()
         self.wanted = {}            # new filters and their QoS: their retained messages
@@ -313,12 +313,11 @@ class Session:
         What has a packet id is kept until it is acknowledged. QoS 0 is sent and
         forgotten; if the client is absent, it is just forgotten. Returns the s for
         which its publisher must pause."""
-        if granted < message.qos:               # [MQTT-3.8.4-6]
-            message = message._replace(qos=granted)
-        packet_id = self.next_id() if message.qos else 0
-        packet = encode_publish(message, packet_id)
-        if message.qos:
-            self.keep(packet_id, ANSWERS[message.qos], packet)
+        qos = min(message.qos, granted)         # [MQTT-3.8.4-6]
+        packet_id = self.next_id() if qos else 0
+        packet = encode_publish(message, qos, packet_id)
+        if qos:
+            self.keep(packet_id, packet, {ANSWERS[qos]})
         if self.connection is None:
             return 0
         self.connection.send(packet)
@@ -339,14 +338,14 @@ class Session:
             if packet_id not in self.unacked:
                 return packet_id
 
-    def keep(self, packet_id, awaits, packet):
-        """It is sent again on the next connection, unless `awaits` comes before."""
-        self.unacked[packet_id] = awaits, bytearray(packet)
+    def keep(self, packet_id, packet, answers):
+        """It is sent again on the next connection if none of these has come."""
+        self.unacked[packet_id] = bytearray(packet), answers
         self.unacked_bytes += cost(packet)
         self.keep_to_budget()
 
     def forget(self, packet_id):
-        _, packet = self.unacked.pop(packet_id)
+        packet, _ = self.unacked.pop(packet_id)
         self.unacked_bytes -= cost(packet)
 
     def keep_to_budget(self):
@@ -362,8 +361,8 @@ class Session:
         """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1]"""
         self.connection = None
         self.keep_to_budget()
-        for awaits, packet in self.unacked.values():
-            if awaits != PUBCOMP:
+        for packet, answers in self.unacked.values():
+            if PUBCOMP not in answers:
                 packet[0] |= DUP
 
 
@@ -387,9 +386,7 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = bytearray()      # what goes out when the loop comes round
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
-        self.pause = 0              # s, before its next packet
         self.is_closed = False
-        self.patience = CONNECT_WAIT    # s without a packet
         self.deadline = monotonic() + CONNECT_WAIT
 
     def connection_made(self, transport):
@@ -419,7 +416,7 @@ class Connection(asyncio.Protocol):
         makes work, or speaks faster than others can listen, must pause after each
         message."""
         end = monotonic() + SLICE
-        self.pause = 0
+        self.pause = 0      # s, before its next packet
         try:
             while self.do_next():
                 now = monotonic()
@@ -490,8 +487,8 @@ class Connection(asyncio.Protocol):
             self.admit(may_publish(client_id, will.topic, self.server.brokers),
                        "a will in another's name", 5)
         self.will = will
-        self.patience = 1.5 * keepalive
-        self.server.open_session(self, client_id, bool(flags & CLEAN))
+        self.patience = 1.5 * keepalive     # s without a packet
+        self.server.open_session(self, client_id, flags & CLEAN)
 
     def admit(self, condition, why, code):
         """Who may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
@@ -543,15 +540,13 @@ class Connection(asyncio.Protocol):
         packet_id = packet.packet_id()
         packet.end()
         session = self.session
-        is_known = packet_id in session.unacked     # if not, the handshake goes on
-        if is_known:
-            awaits, _ = session.unacked[packet_id]
-            need(packet.first == awaits, "the wrong acknowledgement")
+        if packet_id in session.unacked:    # if not, the handshake goes on all the same
+            _, answers = session.unacked[packet_id]
+            need(packet.first in answers, "the wrong acknowledgement")
             session.forget(packet_id)
         if packet.first == PUBREC:
             pubrel = encode(PUBREL, pack(packet_id))
-            if is_known:
-                session.keep(packet_id, PUBCOMP, pubrel)
+            session.keep(packet_id, pubrel, {PUBREC, PUBCOMP})
             self.send(pubrel)                                   # [MQTT-4.3.3-1]
 
     # --- Subscriptions
@@ -644,7 +639,7 @@ class MqttServer:
         session.connection = connection
         connection.session = session
         connection.send(encode(CONNACK, bytes([is_resumed, 0])))    # [-3.2.2-1] to 3
-        for _, packet in session.unacked.values():
+        for packet, _ in session.unacked.values():
             connection.send(packet)
         self.tell("<-", client_id, "connects")
 

@@ -1613,7 +1613,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
                 client.flush()
                 client.transport.write.reset_mock()
                 if first:
-                    client.session.keep(7, broker.PUBACK, b"2")
+                    client.session.keep(7, b"2", {broker.PUBACK})
                 client.data_received(self.parse(words))
                 said = [call.args for call in client.transport.write.call_args_list]
                 assert client.is_closed, why
@@ -1697,7 +1697,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         for n in range(40):
             self.server.publish("t", b"%d" % n + bytes(50_000), 1)
         assert ann.transport.is_closing()
-        self.assertEqual([int(packet[9:11]) for _, packet in kept.values()],
+        self.assertEqual([int(packet[9:11]) for packet, _ in kept.values()],
                          [*range(21, 40)])
         bob = self.joins("bob", flags=0)
         await self.goes_round()
