@@ -90,8 +90,8 @@ RETAIN = 0b0001
 # Byte 0 with them: there is no DUP with QoS 0, and no QoS 3. [MQTT-3.3.1-2], 4
 PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
-# What answers a PUBLISH of QoS 1 and 2
-ANSWERS = {1: PUBACK, 2: PUBREC}
+# What may answer a PUBLISH of QoS 1 and 2
+ANSWERS = {1: (PUBACK,), 2: (PUBREC,)}
 
 # What is handled even while retained messages are being handed out to that client
 OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
@@ -189,17 +189,13 @@ WILL_RETAIN = 0b0010_0000
 WILL_QOS = 0b0001_1000
 WILL = 0b0000_0100
 CLEAN = 0b0000_0010
-RESERVED = 0b0000_0001
 
-
-def take_will(packet: Packet, flags: int) -> Message | None:
-    """topic | payload, if the flags say that they are there"""
-    qos = (flags & WILL_QOS) // 8
-    if flags & WILL:
-        need(qos < 3, "impossible QoS")                             # [MQTT-3.1.2-14]
-        return Message(packet.topic(), packet.data(), qos, bool(flags & WILL_RETAIN))
-    need(not flags & (WILL_QOS | WILL_RETAIN), "flags of no will")  # -13 and -15
-    return None
+# Its bits, in that order, as text
+CONNECT_FLAGS = re.compile(r"""
+    (1. | 00)                   # no password without a user [MQTT-3.1.2-22]
+    (. (00|01|10) 1 | 0000)     # no QoS 3, nothing of no will [-11, -13 to -15]
+    . 0                         # clean or not; reserved [MQTT-3.1.2-3]
+    """, re.VERBOSE)
 
 
 def encode(first: int, *fields: bytes) -> bytes:
@@ -230,7 +226,7 @@ def encode_publish(message: Message, qos: int, packet_id: int) -> bytes:
 #
 #     do_publish -> publish -> match -> deliver -> send -> flush      to the subscribers
 #                      |                   +-> keep      until it is acknowledged
-#                      +-> keep                          retained, for later ones
+#                      +-> retain                        for later subscribers
 #
 # One asyncio loop calls everything in this chapter, so no state in it needs a lock.
 
@@ -296,7 +292,7 @@ class Session:
         self.clean = clean
         self.connection = None      # while it is connected
         self.filters = {}           # topic filter: what it costs
-        self.room = BUDGET          # what they leave of it, in bytes
+        self.room = BUDGET          # in bytes, for all else that is kept
         self.unacked = {}           # packet id: (PUBLISH or PUBREL, what may answer
         self.unacked_bytes = 0      # it), the oldest first
         self.received = set()       # ids of QoS 2 that are not yet released
@@ -304,9 +300,9 @@ class Session:
         self.wanted = {}            # new filters and their QoS: their retained messages
         self.handout = None         # are to be given; a generator, which gives them now
 
-    def size(self):
-        """In bytes, what must fit into its room."""
-        return self.unacked_bytes + OVERHEAD * len(self.received)
+    def free(self):
+        """What is left of its room, in bytes."""
+        return self.room - self.unacked_bytes - OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
         """Send or keep a message: the lower QoS of publisher and subscriber counts.
@@ -317,12 +313,11 @@ class Session:
         packet_id = self.next_id() if qos else 0
         packet = encode_publish(message, qos, packet_id)
         if qos:
-            self.keep(packet_id, packet, {ANSWERS[qos]})
-        if self.connection is None:
-            return 0
-        self.connection.send(packet)
-        if self.is_behind():
-            return PAUSE * (1 + len(packet) // 1024)
+            self.keep(packet_id, packet, ANSWERS[qos])
+        if self.connection:
+            self.connection.send(packet)
+            if self.is_behind():
+                return PAUSE * (1 + len(packet) // 1024)
         return 0
 
     def is_behind(self):
@@ -351,10 +346,10 @@ class Session:
     def keep_to_budget(self):
         """A connected client is dropped, an absent one loses its oldest messages."""
         if self.connection:
-            if self.size() > self.room:
+            if self.free() < 0:
                 self.connection.drop("acknowledges or releases too little")
             return
-        while self.unacked and self.size() > self.room - LIMIT:     # for its return
+        while self.unacked and self.free() < LIMIT:     # room for its return
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
@@ -446,10 +441,9 @@ class Connection(asyncio.Protocol):
         need((first == CONNECT) == (session is None),
              "CONNECT must be the first packet, and no other")  # [MQTT-3.1.0-1], 2
         packet = take_packet(self.buffer)
-        if packet is None:
-            return False
-        self.HANDLERS[first](self, packet)
-        return True
+        if packet:
+            self.HANDLERS[first](self, packet)
+        return packet is not None
 
     def hand_one(self):
         """One retained message. Returns whether there was one to look at now."""
@@ -463,7 +457,7 @@ class Connection(asyncio.Protocol):
         if next(session.handout, False):
             return True
         session.handout = None
-        return bool(session.wanted)
+        return session.wanted
 
     # --- CONNECT, DISCONNECT, PINGREQ
 
@@ -471,11 +465,12 @@ class Connection(asyncio.Protocol):
         need(packet.text() == "MQTT", "not MQTT")               # [MQTT-3.1.2-1]
         self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
         flags = packet.number(1)
-        need(not flags & RESERVED, "a reserved flag")           # [MQTT-3.1.2-3]
-        need(flags & USER or not flags & PASSWORD, "a password, but no user")   # -22
+        need(CONNECT_FLAGS.fullmatch(f"{flags:08b}"), "impossible flags")
         keepalive = packet.number() or math.inf                 # 0: there is none
         client_id = packet.text()
-        will = take_will(packet, flags)
+        if flags & WILL:
+            self.will = Message(packet.topic(), packet.data(), (flags & WILL_QOS) // 8,
+                                bool(flags & WILL_RETAIN))
         user = packet.text() if flags & USER else ""
         password = packet.data() if flags & PASSWORD else b""
         packet.end()
@@ -483,10 +478,9 @@ class Connection(asyncio.Protocol):
         self.admit(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
-        if will:
-            self.admit(may_publish(client_id, will.topic, self.server.brokers),
+        if self.will:
+            self.admit(may_publish(client_id, self.will.topic, self.server.brokers),
                        "a will in another's name", 5)
-        self.will = will
         self.patience = 1.5 * keepalive     # s without a packet
         self.server.open_session(self, client_id, flags & CLEAN)
 
@@ -520,11 +514,12 @@ class Connection(asyncio.Protocol):
         if qos < 2 or packet_id not in self.session.received:   # else it is sent again
             self.pause = self.server.publish(
                 topic, packet.read(), qos, packet.first & RETAIN)
-        if qos == 2:
+        if qos == 1:
+            self.send(encode(PUBACK, pack(packet_id)))          # [MQTT-4.3.2-2]
+        elif qos == 2:
             self.session.received.add(packet_id)                # [MQTT-4.3.3-2]
             self.session.keep_to_budget()
-        if qos:
-            self.send(encode(ANSWERS[qos], pack(packet_id)))    # [MQTT-4.3.2-2]
+            self.send(encode(PUBREC, pack(packet_id)))
 
     def do_pubrel(self, packet):
         packet_id = packet.packet_id()
@@ -546,7 +541,7 @@ class Connection(asyncio.Protocol):
             session.forget(packet_id)
         if packet.first == PUBREC:
             pubrel = encode(PUBREL, pack(packet_id))
-            session.keep(packet_id, pubrel, {PUBREC, PUBCOMP})
+            session.keep(packet_id, pubrel, (PUBREC, PUBCOMP))
             self.send(pubrel)                                   # [MQTT-4.3.3-1]
 
     # --- Subscriptions
@@ -674,7 +669,7 @@ class MqttServer:
         if topic_filter not in session.filters:
             # Each of its levels may be a node of the topic tree.
             taken = sum(map(cost, topic_filter.split("/")))
-            if session.size() + taken > session.room:
+            if taken > session.free():
                 return 0x80
             session.filters[topic_filter] = taken
             session.room -= taken
@@ -716,13 +711,13 @@ class MqttServer:
         the publisher must pause, as one of them has enough to do already."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
-            self.keep(message)
+            self.retain(message)
         return max([subscriber.deliver(message, granted)
                     for subscriber, granted in self.tree.match(topic).items()],
                    default=0)
 
-    def keep(self, message):
-        """For later subscribers, in place of the last one. [MQTT-3.3.1-5] An empty
+    def retain(self, message):
+        """Keep it in place of the last one of its topic. [MQTT-3.3.1-5] An empty
         message only takes the last one away. So does one that finds no room: better
         none than an old one."""
         old = self.retained.pop(message.topic, None)
@@ -1382,8 +1377,7 @@ class ExternalServer:
             client.subscribe(self.filters)
 
     def on_message(self, client, data, message):
-        heard = Message(message.topic, message.payload, retain=message.retain)
-        self.fog.loop.call_soon_threadsafe(self.fog.deliver, heard, 0)
+        self.fog.loop.call_soon_threadsafe(self.fog.deliver, message, 0)
 
     def publish(self, topic, payload, qos):
         with suppress(ValueError):      # to a car that calls itself "+" or "#"

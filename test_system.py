@@ -1613,7 +1613,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
                 client.flush()
                 client.transport.write.reset_mock()
                 if first:
-                    client.session.keep(7, b"2", {broker.PUBACK})
+                    client.session.keep(7, b"2", [broker.PUBACK])
                 client.data_received(self.parse(words))
                 said = [call.args for call in client.transport.write.call_args_list]
                 assert client.is_closed, why
@@ -1703,7 +1703,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         await self.goes_round()
         assert not bob.transport.is_closing()       # it gets all that was kept
         self.acknowledges(bob)
-        assert bob.session.size() == 0 and bob.session.room == broker.BUDGET - 129
+        assert bob.session.free() == broker.BUDGET - 129    # its filter, of one level
         for id in itertools.count(1):               # what it does not release counts
             bob.data_received(publish("x", b"", 2, id=id))
             if bob.transport.is_closing():
