@@ -113,7 +113,7 @@ class Message(NamedTuple):
 
 
 def take_packet(buffer: bytearray):
-    """Cut the first Packet off. None: it is not all there yet. TCP carries bytes, not
+    """Cut the first Packet off; None if it is not all there yet. TCP carries bytes, not
     packets: what comes at once may be a part of one, or many."""
     length = 0
     for place, byte in enumerate(buffer[1:5]):
@@ -283,10 +283,9 @@ def cost(*kept: str | bytes) -> int:
 
 
 class Session:
-    """What the server knows of a client id. Unless `clean`, it outlives the connection,
-    so that an absent client misses nothing: what comes meanwhile is kept for it. All of
-    it together takes at most BUDGET bytes; else one client could use up the memory of
-    all."""
+    """What the server knows of a client id. Unless `clean`, it outlives the connection:
+    what comes for an absent client is kept until it is back. All that a session keeps
+    takes at most BUDGET bytes; else one client could use up the memory of all."""
     def __init__(self, client_id, clean):
         self.client_id = client_id
         self.clean = clean
@@ -305,9 +304,8 @@ class Session:
         return self.room - self.unacked_bytes - OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
-        """Send or keep a message: the lower QoS of publisher and subscriber counts.
-        What has a packet id is kept until it is acknowledged. QoS 0 is sent and
-        forgotten; if the client is absent, it is just forgotten. Returns the s for
+        """Send a message, with the lower QoS of publisher and subscriber. With QoS 1 or
+        2 it has a packet id, and is kept until it is acknowledged. Returns the s for
         which its publisher must pause."""
         qos = min(message.qos, granted)         # [MQTT-3.8.4-6]
         packet_id = self.next_id() if qos else 0
@@ -381,7 +379,6 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = bytearray()      # what goes out when the loop comes round
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
-        self.is_closed = False
         self.deadline = monotonic() + CONNECT_WAIT
 
     def connection_made(self, transport):
@@ -408,8 +405,7 @@ class Connection(asyncio.Protocol):
 
     def work(self):
         """Do what there is to do, for a slice of time; then it is the others' turn. Who
-        makes work, or speaks faster than others can listen, must pause after each
-        message."""
+        makes work, or speaks faster than others can listen, pauses for each message."""
         end = monotonic() + SLICE
         self.pause = 0      # s, before its next packet
         try:
@@ -429,7 +425,7 @@ class Connection(asyncio.Protocol):
         retained comes before what its subscriber says next (but for OVERTAKES): so a
         station's mark comes back after its old state. (But the packets of who is behind
         come first: its acknowledgements are what lets us go on.)"""
-        if self.is_closed:
+        if self.transport.is_closing():
             return False
         session = self.session
         if session and (session.wanted or session.handout) and self.hand_one():
@@ -447,10 +443,9 @@ class Connection(asyncio.Protocol):
 
     def hand_one(self):
         """One retained message. Returns whether there was one to look at now."""
-        if self.buffer and self.buffer[0] in OVERTAKES:
-            return False
         session = self.session
-        if session.is_behind():
+        overtakes = self.buffer and self.buffer[0] in OVERTAKES
+        if overtakes or session.is_behind():
             return False
         if session.handout is None:
             session.handout = self.server.hand_out(session)
@@ -597,11 +592,10 @@ class Connection(asyncio.Protocol):
         """However a connection ends, it ends here, once. The will is published last, so
         that whoever hears it finds everything in order."""
         self.flush()
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self.transport.abort()          # who does not read does not get the rest
-        self.server.close_session(self, why)
+        if self in self.server.connections:
+            self.server.connections.remove(self)
+            self.transport.abort()      # who does not read does not get the rest
+            self.server.close_session(self, why)
 
 
 class MqttServer:
@@ -620,6 +614,14 @@ class MqttServer:
         self.tree = TopicTree()
         self.retained = {}          # topic: Message
         self.retained_bytes = 0
+
+    def watch(self):
+        """Cut off whoever has not sent a whole packet in its time: 10 s for the first,
+        then one and a half times the keepalive that it has named. [MQTT-3.1.2-24]"""
+        for connection in list(self.connections):
+            if monotonic() > connection.deadline:
+                connection.close("was silent for too long")
+        self.loop.call_later(0.5, self.watch)
 
     def open_session(self, connection, client_id, clean):
         """A session belongs to a client id, and has one connection at most: an older
@@ -641,13 +643,11 @@ class MqttServer:
     def close_session(self, connection, why):
         """The client is absent now. Its session stays, unless it is clean; its last
         will is published, unless it has said goodbye."""
-        self.connections.discard(connection)
         session = connection.session
-        if session is None:
-            self.tell("<-", "somebody", why)
-            return
-        client_id = session.client_id
+        client_id = session.client_id if session else "somebody"
         self.tell("<-", client_id, why)
+        if session is None:
+            return
         session.disconnect()
         self.absent[client_id] = self.present.pop(client_id)
         if session.clean:
@@ -664,12 +664,10 @@ class MqttServer:
 
     def subscribe(self, session, topic_filter, qos):
         """Returns the code for SUBACK: the QoS, or a failure. [MQTT-3.8.4-5]"""
-        if topic_filter.count("/") >= LEVELS:
-            return 0x80
         if topic_filter not in session.filters:
-            # Each of its levels may be a node of the topic tree.
-            taken = sum(map(cost, topic_filter.split("/")))
-            if taken > session.free():
+            levels = topic_filter.split("/")
+            taken = sum(map(cost, levels))      # each may be a node of the topic tree
+            if len(levels) > LEVELS or taken > session.free():
                 return 0x80
             session.filters[topic_filter] = taken
             session.room -= taken
@@ -685,10 +683,9 @@ class MqttServer:
         self.tree.remove(topic_filter, session)
 
     def hand_out(self, session):
-        """What is retained for new subscriptions; the flag is on. [MQTT-3.3.1-6], 8
-
-        One topic at a time: there may be thousands, and in between others have their
-        turn. If the connection is lost, the next one goes on where this one was."""
+        """What is retained for new subscriptions, topic by topic: there may be thousands,
+        and in between others have their turn. [MQTT-3.3.1-6] If the connection is lost,
+        the next one goes on where this one was."""
         filters = TopicTree()
         for topic_filter, qos in session.wanted.items():
             filters.add(topic_filter, topic_filter, qos)
@@ -723,12 +720,11 @@ class MqttServer:
         old = self.retained.pop(message.topic, None)
         if old:
             self.retained_bytes -= cost(old.topic, old.payload)
-        if message.payload == b"":
-            return                                              # [MQTT-3.3.1-10], 11
-        bytes_then = self.retained_bytes + cost(message.topic, message.payload)
-        if bytes_then <= RETAINED_BYTES or message.topic in self.reserved:
+        total = self.retained_bytes + cost(message.topic, message.payload)
+        fits = total <= RETAINED_BYTES or message.topic in self.reserved
+        if fits and message.payload:                            # [MQTT-3.3.1-10], 11
             self.retained[message.topic] = message._replace(retain=True)
-            self.retained_bytes = bytes_then
+            self.retained_bytes = total
 
 
 # ===== 3. The fog node: what is near, free and alive ==================================
@@ -1351,9 +1347,8 @@ class Drawing:
 
 class ExternalServer:
     """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho: the way to
-    grow past one machine. Several brokers may share it, as their topics differ. It has
-    the same two methods as MqttServer: paho's thread hands what it hears over to the
-    loop, and may be told to publish."""
+    grow past one machine. Several brokers may share it, as their topics differ. To the
+    fog it looks like MqttServer. Paho's thread hands what it hears over to the loop."""
     def __init__(self, broker, fog):
         self.fog = fog
         self.filters = []
@@ -1398,17 +1393,7 @@ async def start_mqtt(broker, city, fog, external):
             lambda: Connection(server), address, broker.mqtt, backlog=ACCEPTS)
     # To asyncio `backlog` is both how many may wait and how many it accepts at a time.
     door.sockets[0].dup().listen(BACKLOG)
-    server.loop.create_task(watch(server))
-
-
-async def watch(server):
-    """Cut off whoever has not sent a whole packet in its time: 10 s for the first one,
-    then one and a half times the keepalive that it has named. [MQTT-3.1.2-24]"""
-    while True:
-        await asyncio.sleep(0.5)
-        for connection in list(server.connections):
-            if monotonic() > connection.deadline:
-                connection.close("was silent for too long")
+    server.watch()
 
 
 def on_loop_fault(loop, context):

@@ -1616,7 +1616,7 @@ class Packets(unittest.IsolatedAsyncioTestCase):
                     client.session.keep(7, b"2", [broker.PUBACK])
                 client.data_received(self.parse(words))
                 said = [call.args for call in client.transport.write.call_args_list]
-                assert client.is_closed, why
+                assert client.transport.is_closing(), why
                 self.assertEqual(said, [(self.parse(text),) for text in answer], why)
 
     async def test_all_that_connect_may_say(self):
@@ -1713,7 +1713,8 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
     async def test_filters_sessions_and_retained_messages(self):
         """What comes new finds no room, but a station's state always does."""
         server = self.server
-        assert self.joins("dan", publish("/" * 128)).is_closed      # too many levels
+        dan = self.joins("dan", publish("/" * 128))
+        assert dan.transport.is_closing()           # too many levels
         eve = self.joins("eve").session
         codes = [server.subscribe(eve, f"{n}/a/b", 1) for n in range(5_000)]
         assert 1_000 < codes.index(0x80) < 4_000
