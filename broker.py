@@ -133,8 +133,7 @@ def take_packet(buffer: bytearray):
 
 
 class Packet(io.BytesIO):
-    """A packet that came in. The fields of its body are read one by one; `first` is its
-    byte 0."""
+    """A packet that came in: `first` is its byte 0, its body is read field by field."""
     def take(self, count):
         field = self.read(count)
         need(len(field) == count, "a packet that ends in a field")
@@ -254,8 +253,7 @@ class TopicTree(MQTTMatcher):
                      |     +--- claim -- P1   {P1: 1}
                      +-- car1 -- reply        {car1: 1}
 
-    So a topic costs its depth to match, however many subscriptions there are.
-    """
+    So a topic costs its depth to match, however many subscriptions there are."""
     def add(self, topic_filter, subscriber, qos):
         """A second time replaces the QoS. [MQTT-3.8.4-3]"""
         try:
@@ -292,12 +290,12 @@ class Session:
         self.connection = None      # while it is connected
         self.filters = {}           # topic filter: what it costs
         self.room = BUDGET          # in bytes, for all else that is kept
-        self.unacked = {}           # packet id: (PUBLISH or PUBREL, what may answer
-        self.unacked_bytes = 0      # it), the oldest first
+        self.unacked = {}           # packet id: (packet, what may answer it), the
+        self.unacked_bytes = 0      # oldest first; and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
         self.ids = itertools.count()
-        self.wanted = {}            # new filters and their QoS: their retained messages
-        self.handout = None         # are to be given; a generator, which gives them now
+        self.wanted = {}            # filter: QoS, whose retained messages are to come
+        self.handout = None         # the generator that gives those that come now
 
     def free(self):
         """What is left of its room, in bytes."""
@@ -319,9 +317,8 @@ class Session:
         return 0
 
     def is_behind(self):
-        """Half of what may wait to be read does, or half of what may wait to be
-        acknowledged. Publishers slow down for it (backpressure), but do not stop: who
-        never reads is dropped."""
+        """Half of what may be unsent is, or half of what may be unacknowledged. Then
+        publishers slow down (backpressure), but go on: who never reads is dropped."""
         return self.connection.is_blocked or self.unacked_bytes > self.room // 2
 
     def next_id(self):
@@ -464,8 +461,9 @@ class Connection(asyncio.Protocol):
         keepalive = packet.number() or math.inf                 # 0: there is none
         client_id = packet.text()
         if flags & WILL:
-            self.will = Message(packet.topic(), packet.data(), (flags & WILL_QOS) // 8,
-                                bool(flags & WILL_RETAIN))
+            qos = (flags & WILL_QOS) // 8
+            retain = bool(flags & WILL_RETAIN)
+            self.will = Message(packet.topic(), packet.data(), qos, retain)
         user = packet.text() if flags & USER else ""
         password = packet.data() if flags & PASSWORD else b""
         packet.end()
@@ -560,9 +558,8 @@ class Connection(asyncio.Protocol):
 
     HANDLERS = {CONNECT: do_connect, **dict.fromkeys(PUBLISHES, do_publish),
                 PUBACK: do_acknowledge, PUBREC: do_acknowledge, PUBREL: do_pubrel,
-                PUBCOMP: do_acknowledge, SUBSCRIBE: do_subscribe,
-                UNSUBSCRIBE: do_unsubscribe, PINGREQ: do_pingreq,
-                DISCONNECT: do_disconnect}
+                PUBCOMP: do_acknowledge, PINGREQ: do_pingreq, SUBSCRIBE: do_subscribe,
+                UNSUBSCRIBE: do_unsubscribe, DISCONNECT: do_disconnect}
 
     # --- What goes out
 
@@ -631,7 +628,7 @@ class MqttServer:
         if clean and client_id in self.absent:
             self.end_session(client_id)                         # [MQTT-3.1.2-6]
         is_resumed = client_id in self.absent
-        session = self.absent.pop(client_id, None) or Session(client_id, clean)
+        session = self.absent.pop(client_id, Session(client_id, clean))
         self.present[client_id] = session
         session.connection = connection
         connection.session = session
@@ -683,9 +680,9 @@ class MqttServer:
         self.tree.remove(topic_filter, session)
 
     def hand_out(self, session):
-        """What is retained for new subscriptions, topic by topic: there may be thousands,
-        and in between others have their turn. [MQTT-3.3.1-6] If the connection is lost,
-        the next one goes on where this one was."""
+        """What is retained for new subscriptions, [MQTT-3.3.1-6] topic by topic: there
+        may be thousands, and in between others have their turn. If the connection is
+        lost, the next one goes on where this one was."""
         filters = TopicTree()
         for topic_filter, qos in session.wanted.items():
             filters.add(topic_filter, topic_filter, qos)
