@@ -294,8 +294,8 @@ class Session:
         self.unacked_bytes = 0      # oldest first; and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
         self.ids = itertools.count()
-        self.wanted = {}            # filter: QoS, whose retained messages are to come
-        self.handout = None         # the generator that gives those that come now
+        self.wanted = {}            # filter: QoS; their retained messages are to come,
+        self.begun = {}             # and those of these are coming now
 
     def free(self):
         """What is left of its room, in bytes."""
@@ -348,8 +348,10 @@ class Session:
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
-        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1]"""
+        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1] A hand-out of
+        retained messages will begin anew: nobody knows how many of them have arrived."""
         self.connection = None
+        self.wanted = self.begun | self.wanted
         self.keep_to_budget()
         for packet, answers in self.unacked.values():
             if PUBCOMP not in answers:
@@ -375,6 +377,7 @@ class Connection(asyncio.Protocol):
         self.will = None
         self.buffer = bytearray()   # what came in and is not handled yet
         self.out = bytearray()      # what goes out when the loop comes round
+        self.handout = iter(())     # of retained messages, for what its session wants
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
         self.deadline = monotonic() + CONNECT_WAIT
 
@@ -425,7 +428,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return False
         session = self.session
-        if session and (session.wanted or session.handout) and self.hand_one():
+        if session and (session.wanted or session.begun) and self.hand_one():
             return True
         if not self.buffer:
             return False
@@ -444,11 +447,9 @@ class Connection(asyncio.Protocol):
         overtakes = self.buffer and self.buffer[0] in OVERTAKES
         if overtakes or session.is_behind():
             return False
-        if session.handout is None:
-            session.handout = self.server.hand_out(session)
-        if next(session.handout, False):
+        if next(self.handout, False):
             return True
-        session.handout = None
+        self.handout = self.server.hand_out(session)
         return session.wanted
 
     # --- CONNECT, DISCONNECT, PINGREQ
@@ -677,25 +678,27 @@ class MqttServer:
             return
         session.room += session.filters.pop(topic_filter)
         session.wanted.pop(topic_filter, None)
+        session.begun.pop(topic_filter, None)
         self.tree.remove(topic_filter, session)
 
     def hand_out(self, session):
         """What is retained for new subscriptions, [MQTT-3.3.1-6] topic by topic: there
-        may be thousands, and in between others have their turn. If the connection is
-        lost, the next one goes on where this one was."""
-        filters = TopicTree()
-        for topic_filter, qos in session.wanted.items():
-            filters.add(topic_filter, topic_filter, qos)
-        topics = session.wanted
+        may be thousands, and in between others have their turn."""
+        session.begun = session.wanted
+        session.wanted = {}
+        filters = MQTTMatcher()
+        for topic_filter in session.begun:
+            filters[topic_filter] = topic_filter
+        topics = session.begun
         if not TOPIC.fullmatch(" ".join(topics)):
             topics = self.retained                      # any of them may match
-        session.wanted = {}
         for topic in list(topics):
             message = self.retained.get(topic)
-            for topic_filter, qos in filters.match(topic).items():
-                if message and topic_filter in session.filters:     # still [-3.10.4-2]
-                    session.deliver(message, qos)
+            for topic_filter in filters.iter_match(topic):
+                if message and topic_filter in session.begun:       # still [-3.10.4-2]
+                    session.deliver(message, session.begun[topic_filter])
             yield True
+        session.begun = {}
 
     def subscribe_inside(self, topic_filter, subscriber):
         self.tree.add(topic_filter, subscriber, 0)      # no session, so nothing is kept
