@@ -35,7 +35,6 @@ import html
 import http.server
 import io
 import ipaddress
-import itertools
 import logging
 import math
 import re
@@ -92,7 +91,6 @@ PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
 # What may answer a PUBLISH of QoS 1 and 2
 ANSWERS = {1: (PUBACK,), 2: (PUBREC,)}
-
 # What is handled even while retained messages are being handed out to that client
 OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
@@ -221,13 +219,12 @@ def encode_publish(message: Message, qos: int, packet_id: int) -> bytes:
 # ===== 2. The MQTT server: topic tree, sessions, connections ==========================
 # A client meets the server in three steps: its socket is a Connection; a CONNECT packet
 # gives it a Session; a SUBSCRIBE puts that session into the topic tree. To publish is
-# to walk down the tree, and to let each session found there deliver the message.
+# to walk down the tree, and to let each session found there deliver the message. One
+# asyncio loop calls everything in this chapter, so no state in it needs a lock.
 #
 #     do_publish -> publish -> match -> deliver -> send -> flush      to the subscribers
 #                      |                   +-> keep      until it is acknowledged
 #                      +-> retain                        for later subscribers
-#
-# One asyncio loop calls everything in this chapter, so no state in it needs a lock.
 
 def may_connect(client_id: str, user: str, password: bytes) -> bool:
     if KEY == "":
@@ -293,7 +290,7 @@ class Session:
         self.unacked = {}           # packet id: (packet, what may answer it), the
         self.unacked_bytes = 0      # oldest first; and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
-        self.ids = itertools.count()
+        self.last_id = 0
         self.wanted = {}            # filter: QoS; their retained messages are to come,
         self.begun = {}             # and those of these are coming now
 
@@ -323,10 +320,10 @@ class Session:
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
-        for count in self.ids:
-            packet_id = count % 65535 + 1
-            if packet_id not in self.unacked:
-                return packet_id
+        while True:
+            self.last_id = self.last_id % 65535 + 1
+            if self.last_id not in self.unacked:
+                return self.last_id
 
     def keep(self, packet_id, packet, answers):
         """It is sent again on the next connection if none of these has come."""
@@ -348,8 +345,8 @@ class Session:
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
-        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1] A hand-out of
-        retained messages will begin anew: nobody knows how many of them have arrived."""
+        """What was sent and is not acknowledged gets DUP. [MQTT-3.3.1-1] The hand-out
+        will begin anew: nobody knows how much of it has arrived."""
         self.connection = None
         self.wanted = self.begun | self.wanted
         self.keep_to_budget()
@@ -443,14 +440,13 @@ class Connection(asyncio.Protocol):
 
     def hand_one(self):
         """One retained message. Returns whether there was one to look at now."""
-        session = self.session
         overtakes = self.buffer and self.buffer[0] in OVERTAKES
-        if overtakes or session.is_behind():
+        if overtakes or self.session.is_behind():
             return False
         if next(self.handout, False):
             return True
-        self.handout = self.server.hand_out(session)
-        return session.wanted
+        self.handout = self.server.hand_out(self.session)
+        return self.session.wanted
 
     # --- CONNECT, DISCONNECT, PINGREQ
 
@@ -554,7 +550,8 @@ class Connection(asyncio.Protocol):
         """packet identifier | topic filter | topic filter | ..."""
         packet_id = packet.packet_id()
         for topic_filter in packet.topic_filters():
-            self.server.unsubscribe(self.session, topic_filter)
+            if topic_filter in self.session.filters:
+                self.server.unsubscribe(self.session, topic_filter)
         self.send(encode(UNSUBACK, pack(packet_id)))            # [MQTT-3.10.4-5]
 
     HANDLERS = {CONNECT: do_connect, **dict.fromkeys(PUBLISHES, do_publish),
@@ -597,10 +594,9 @@ class Connection(asyncio.Protocol):
 
 
 class MqttServer:
-    """What the connections share: sessions, subscriptions and retained messages.
-    Whoever subscribes has a method `deliver(message, QoS granted)`, which returns the s
-    for which the publisher must pause: a Session, or the fog node, which listens from
-    the inside, without a socket."""
+    """What the connections share: sessions, subscriptions and retained messages. Who
+    subscribes has a method `deliver(message, QoS granted)`, which returns the s for
+    which the publisher must pause: a Session, or the fog node, without a connection."""
     def __init__(self, brokers, reserved, tell):
         self.brokers = brokers      # names; below them not everybody may publish
         self.reserved = reserved    # topics whose retained messages always find room
@@ -674,8 +670,6 @@ class MqttServer:
         return qos
 
     def unsubscribe(self, session, topic_filter):
-        if topic_filter not in session.filters:
-            return
         session.room += session.filters.pop(topic_filter)
         session.wanted.pop(topic_filter, None)
         session.begun.pop(topic_filter, None)
@@ -689,10 +683,8 @@ class MqttServer:
         filters = MQTTMatcher()
         for topic_filter in session.begun:
             filters[topic_filter] = topic_filter
-        topics = session.begun
-        if not TOPIC.fullmatch(" ".join(topics)):
-            topics = self.retained                      # any of them may match
-        for topic in list(topics):
+        has_wildcard = not TOPIC.fullmatch(" ".join(session.begun))
+        for topic in list(self.retained if has_wildcard else session.begun):
             message = self.retained.get(topic)
             for topic_filter in filters.iter_match(topic):
                 if message and topic_filter in session.begun:       # still [-3.10.4-2]
@@ -714,9 +706,8 @@ class MqttServer:
                    default=0)
 
     def retain(self, message):
-        """Keep it in place of the last one of its topic. [MQTT-3.3.1-5] An empty
-        message only takes the last one away. So does one that finds no room: better
-        none than an old one."""
+        """In place of the last one of its topic. [MQTT-3.3.1-5] An empty one only takes
+        that away. So does one that finds no room: better none than an old one."""
         old = self.retained.pop(message.topic, None)
         if old:
             self.retained_bytes -= cost(old.topic, old.payload)
@@ -1397,8 +1388,7 @@ async def start_mqtt(broker, city, fog, external):
 
 
 def on_loop_fault(loop, context):
-    """A bug in a callback of the loop, or in a task, ends the process; a socket that
-    fails does not."""
+    """A bug in a callback or a task ends the process; a socket that fails does not."""
     fault = context.get("exception", RuntimeError(context["message"]))
     if isinstance(fault, OSError):
         logging.info("%s: %s", context["message"], fault)
