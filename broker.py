@@ -36,7 +36,6 @@ import http.server
 import io
 import ipaddress
 import logging
-import math
 import re
 import secrets
 import socket
@@ -117,12 +116,11 @@ def take_packet(buffer: bytearray):
     for place, byte in enumerate(buffer[1:5]):
         length += byte % 128 * 128 ** place
         if byte < 128:
-            start = place + 2
-            end = start + length
+            end = 2 + place + length
             need(end <= LIMIT, "the packet is too long")
             if end > len(buffer):
                 return None
-            packet = Packet(buffer[start:end])
+            packet = Packet(buffer[end - length:end])
             packet.first = buffer[0]
             del buffer[:end]
             return packet
@@ -187,8 +185,7 @@ WILL_QOS = 0b0001_1000
 WILL = 0b0000_0100
 CLEAN = 0b0000_0010
 
-# Its bits, in that order, as text
-CONNECT_FLAGS = re.compile(r"""
+CONNECT_FLAGS = re.compile(r"""     # its bits, in that order, as text
     (1. | 00)                   # no password without a user [MQTT-3.1.2-22]
     (. (00|01|10) 1 | 0000)     # no QoS 3, nothing of no will [-11, -13 to -15]
     . 0                         # clean or not; reserved [MQTT-3.1.2-3]
@@ -418,10 +415,9 @@ class Connection(asyncio.Protocol):
         self.transport.resume_reading()
 
     def do_next(self):
-        """One retained message or one packet. Returns whether there was one. What is
-        retained comes before what its subscriber says next (but for OVERTAKES): so a
-        station's mark comes back after its old state. (But the packets of who is behind
-        come first: its acknowledgements are what lets us go on.)"""
+        """One retained message or one packet; returns whether there was one. Retained
+        messages come first, so a station's mark comes back after its old state; but not
+        before OVERTAKES, nor if the client is behind: we must hear it to go on."""
         if self.transport.is_closing():
             return False
         session = self.session
@@ -455,7 +451,7 @@ class Connection(asyncio.Protocol):
         self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
         flags = packet.number(1)
         need(CONNECT_FLAGS.fullmatch(f"{flags:08b}"), "impossible flags")
-        keepalive = packet.number() or math.inf                 # 0: there is none
+        keepalive = packet.number() or float("inf")             # 0: there is none
         client_id = packet.text()
         if flags & WILL:
             qos = (flags & WILL_QOS) // 8
@@ -660,7 +656,7 @@ class MqttServer:
         """Returns the code for SUBACK: the QoS, or a failure. [MQTT-3.8.4-5]"""
         if topic_filter not in session.filters:
             levels = topic_filter.split("/")
-            taken = sum(map(cost, levels))      # each may be a node of the topic tree
+            taken = len(topic_filter) + OVERHEAD * len(levels)  # nodes of the tree
             if len(levels) > LEVELS or taken > session.free():
                 return 0x80
             session.filters[topic_filter] = taken
