@@ -1334,8 +1334,7 @@ class Drawing:
 
 class ExternalServer:
     """Somebody else's MQTT server (Mosquitto, EMQX, ...), seen through paho: the way to
-    grow past one machine. Several brokers may share it, as their topics differ. To the
-    fog it looks like MqttServer. Paho's thread hands what it hears over to the loop."""
+    grow past one machine. Brokers may share one. To the fog it is like MqttServer."""
     def __init__(self, broker, fog):
         self.fog = fog
         self.filters = []
@@ -1359,6 +1358,7 @@ class ExternalServer:
             client.subscribe(self.filters)
 
     def on_message(self, client, data, message):
+        """In paho's thread. Its messages have the fields of ours."""
         self.fog.loop.call_soon_threadsafe(self.fog.deliver, message, 0)
 
     def publish(self, topic, payload, qos):

@@ -1895,7 +1895,7 @@ class Mqtt(Story):
             dan gives PUBREL id=7; gets PUBCOMP id=7
             dan gives PUBREL id=7; gets PUBCOMP id=7    # the first one may be lost
             cid hears t qos=2; quiet
-            cid gives PUBREC; gets PUBREL; vanish
+            cid gives PUBREC; gets PUBREL; gives PUBREC; gets PUBREL; vanish
             cid joins session=1; gets PUBREL; vanish
             cid joins session=1; gets PUBREL; gives PUBCOMP; quiet
             dan sends t qos=2 id=7 dup=1; gets PUBREC id=7      # the id was free
