@@ -49,10 +49,9 @@ from typing import NamedTuple
 from paho.mqtt.matcher import MQTTMatcher
 
 from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker, Caller, Door,
-                          Guest, Lines, NoAnswer, Story, choose_names, crash, crew,
-                          has_room, is_key, listening, mqtt_password, outcome,
-                          read_reply, read_request, refusal, search, start_up,
-                          until_stopped)
+                          Lines, NoAnswer, Story, choose_names, crash, crew, has_room,
+                          is_key, listening, mqtt_password, outcome, read_reply,
+                          read_request, refusal, search, start_up, until_stopped)
 from ring import (COUNTER, ID, NAME, PERCENT, Invalid, fit, need, one_of, read_json,
                   read_object, to_json)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client
@@ -745,7 +744,6 @@ CLOUD_WAIT = 4              # s for the cloud
 REQUEST_WAIT = 8.7          # s for a request in all: the car must hear within 9
 CLAIMS = 16                 # on their way to one station at a time
 UNDER_WAY = 2_000           # requests at a time; more are refused at once
-WALKERS = 32                # threads that wait for the cloud and the other brokers
 REMEMBERED = 10_000         # cars; who has been silent longest is forgotten first
 
 DOING = one_of("driving", "asking", "waiting", "going", "charging", "offline")
@@ -785,7 +783,7 @@ class Fog:
         self.requests = {"local": 0, "ring": 0, "refused": 0}
         self.under_way = 0
         self.caller = Caller()              # for the cloud and the other brokers
-        self.walkers = crew(WALKERS)
+        self.walkers = crew()
 
     def attach(self, mqtt):
         self.mqtt = mqtt
@@ -1056,7 +1054,7 @@ class Denied(Exception):
     """An HTTP request is answered with (this status, why)."""
 
 
-class Http(Guest, http.server.BaseHTTPRequestHandler):
+class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
     It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
     two words at the top say what its own refusals look like."""

@@ -21,7 +21,6 @@ import argparse
 import collections
 import concurrent.futures
 import hmac
-import io
 import ipaddress
 import logging
 import os
@@ -55,7 +54,7 @@ PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5, for the
 FIRST_PAUSE = 10    # s for which somebody silent is left out; then twice as long ...
 LONGEST_PAUSE = 80  # ... but never longer than this
 KEPT = 8            # idle connections to one address
-POLLSTERS = 8       # threads that ask all brokers for their status at once
+CREW = 32           # threads of a part that wait for others, so that it need not
 RETRY_FULL = 5      # s after which a refused car asks again: a spot may be free
 RETRY_OTHER = 60    # s where asking again can hardly help
 
@@ -137,7 +136,7 @@ def choose_names(args, known, what):
     for name in args.names:
         if name not in known:
             give_up(f"{args.config}: there is no {what} {name!a}")
-    return [name for name in known if name in args.names or not args.names]
+    return [name for name in known if name in (args.names or known)]
 
 
 def check_key():
@@ -181,12 +180,12 @@ def until_stopped():
     os._exit(0)
 
 
-def crew(size):
+def crew():
     """A pool of threads that all start now, so that none can be lacking later. (A pool
     starts one only if no other is idle: so they all wait for each other first.)"""
-    pool = concurrent.futures.ThreadPoolExecutor(size)
-    barrier = threading.Barrier(size)
-    for _ in range(size):
+    pool = concurrent.futures.ThreadPoolExecutor(CREW)
+    barrier = threading.Barrier(CREW)
+    for _ in range(CREW):
         pool.submit(barrier.wait)
     return pool
 
@@ -222,6 +221,26 @@ def has_room(connection):
     return connection.fileno() < most
 
 
+class Patience(socket.socket):
+    """A connection that may be read from until `end`, however slowly its bytes drip in:
+    a time-out for each byte would let one who drips stay for ever."""
+    def __init__(self, connection, seconds):
+        super().__init__(connection.family, fileno=connection.detach())
+        # Nagle's algorithm off: or what we say may wait 40 ms for the peer's ACK.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.settimeout(seconds)
+        self.end = monotonic() + seconds
+
+    def recv_into(self, buffer):
+        left = self.end - monotonic()
+        if left <= 0:
+            raise TimeoutError("was silent for too long")
+        self.settimeout(left)
+        return super().recv_into(buffer)
+
+    __del__ = socket.socket.close       # when nobody refers to it any more
+
+
 class Door(socketserver.ThreadingTCPServer):
     """Serves whoever connects, one thread per connection, with `handler`. The threads
     share nothing but `desk`, which must bear being asked by many at a time: for `Lines`
@@ -245,7 +264,7 @@ class Door(socketserver.ThreadingTCPServer):
         if not has_room(request) or threading.active_count() > THREADS:
             raise OSError("turned away: too many connections")
         try:
-            super().process_request(request, client_address)
+            super().process_request(Patience(request, GUEST_WAIT), client_address)
         except RuntimeError:            # the system has no more threads to give
             raise OSError("turned away: too many threads") from None
 
@@ -258,40 +277,7 @@ class Door(socketserver.ThreadingTCPServer):
             super().handle_error(request, client_address)
 
 
-class Patience(io.RawIOBase):
-    """A socket to read from until `end`, however slowly its bytes drip in."""
-    def __init__(self, connection, end):
-        self.connection = connection
-        self.end = end      # on the monotonic clock
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        left = self.end - monotonic()
-        if left <= 0:
-            raise TimeoutError("was silent for too long")
-        self.connection.settimeout(left)
-        return self.connection.recv_into(buffer)
-
-    def close(self):
-        self.connection.close()
-        super().close()
-
-
-class Guest(socketserver.StreamRequestHandler):
-    """Whoever connects to a door. What it has to say must come in time: a deadline for
-    all of it (for each whole line, see Lines), as a time-out for each byte would let
-    one who drips stay for ever."""
-    disable_nagle_algorithm = True      # or an answer may wait 40 ms for the peer's ACK
-
-    def setup(self):
-        super().setup()
-        self.rfile = io.BufferedReader(
-            Patience(self.connection, monotonic() + GUEST_WAIT))
-
-
-class Lines(Guest):
+class Lines(socketserver.StreamRequestHandler):
     """A conversation: a line of JSON comes in, a line of JSON goes out."""
     def handle(self):
         """Answer each line. After one without the key we hang up, and after one that is
@@ -315,7 +301,7 @@ class Lines(Guest):
                                  f"invalid message: {fault}")
                 answer = {"error": str(fault)}
             self.wfile.write(to_json(answer) + b"\n")
-            self.rfile.raw.end = monotonic() + wait
+            self.connection.end = monotonic() + wait
 
 
 # --- The other end: asking questions --------------------------------------------------
@@ -329,25 +315,23 @@ class NoAnswer(Exception):
     """There is no answer, or none that can be used. The text is the true cause."""
 
 
-NEVER = 0.0, FIRST_PAUSE    # left out until then; the next time for so many seconds
-
-
 class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered, first for 10
     s, then for twice as long each time, at most 80 s; once it has answered, 10 s again.
     Used by many threads, without a lock: an entry is replaced as a whole, and those who
     find at the same moment that a time is up write the same."""
     def __init__(self):
-        self.silent = {}    # who: (left out until, for how long the next time)
+        # who: (left out until, for how many s the next time)
+        self.silent = collections.defaultdict(lambda: (0.0, FIRST_PAUSE))
 
     def is_open(self, who):
-        until, _ = self.silent.get(who, NEVER)
+        until, _ = self.silent[who]
         return monotonic() < until
 
     def failed(self, who):
         """Its time was up. Many may find that out at once: that counts as one time."""
         now = monotonic()
-        until, pause = self.silent.get(who, NEVER)
+        until, pause = self.silent[who]
         if now >= until:
             self.silent[who] = now + pause, min(2 * pause, LONGEST_PAUSE)
 
@@ -394,19 +378,17 @@ class Caller:
             return self.converse(address, self.kept[address].pop(), line, end)
         host, port = address
         connection = socket.create_connection((resolve(host), port), seconds)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        fresh = io.BufferedReader(Patience(connection, end))
-        return self.converse(address, fresh, line, end)
+        return self.converse(address, Patience(connection, seconds), line, end)
 
-    def converse(self, address, reader, line, end):
+    def converse(self, address, connection, line, end):
         """It is kept for the next time only if it has answered. (Else nobody refers to
-        it any more, and Python closes it.)"""
-        reader.raw.end = end
-        reader.raw.connection.sendall(line)
-        answer = reader.readline(ANSWER_LIMIT)
+        it any more, and so it is closed.)"""
+        connection.end = end
+        connection.sendall(line)
+        answer = connection.makefile("rb").readline(ANSWER_LIMIT)
         if not answer.endswith(b"\n"):
             raise ConnectionError("it hung up")
-        self.kept[address].append(reader)
+        self.kept[address].append(connection)
         return answer
 
 
@@ -484,7 +466,7 @@ class Cloud:
         self.city = city
         self.tell = tell
         self.caller = Caller()
-        self.pollsters = crew(POLLSTERS)
+        self.pollsters = crew()
 
     def answer(self, request):
         match request.get("op"):

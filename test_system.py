@@ -1050,7 +1050,7 @@ class Simulation(Story):
         self.patch(station, "sleep", self.clock.wait)
         self.patch(station, "mqtt_client",
                    lambda name: Line(city=self, owner=name, inbox=[]))
-        self.patch(broker, "crew", lambda size: self)
+        self.patch(broker, "crew", lambda: self)
         self.clock.run(self.serve)
         self.clock.wait(0.1)
         self.fog = self.fogs["server1"]
