@@ -1050,10 +1050,6 @@ HEADERS = {401: ("WWW-Authenticate", 'Basic realm="city"'),     # of these statu
            503: ("Retry-After", RETRY_FULL)}
 
 
-class Denied(Exception):
-    """An HTTP request is answered with (this status, why)."""
-
-
 class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
     It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
@@ -1062,39 +1058,35 @@ class Http(http.server.BaseHTTPRequestHandler):
     error_message_format = '{"error": "%(explain)s"}'
 
     def do(self):
-        """First who asks, then for what. Each refusal is raised as Denied, where it is
-        found, and answered here."""
-        levels = [urllib.parse.unquote(level)
-                  for level in self.path.partition("?")[0].split("/")]
+        """First who asks, then for what."""
+        if not self.is_for_us():
+            return self.reply(400, {"error": "this is not the host that you name"})
+        if not is_key(self.password()):
+            return self.reply(401, {"error": "key"})
+        path, _, _ = self.path.partition("?")
+        levels = [urllib.parse.unquote(level) for level in path.split("/")]
         try:
-            self.check_host()
-            self.check_key()
             self.reply(*self.answer(levels[1:]))
-        except Denied as fault:
-            self.reply(fault.args[0], {"error": fault.args[1]})
         except Invalid as fault:
             self.reply(400, {"error": str(fault)})
 
     do_GET = do_POST = do_DELETE = do
 
-    def check_host(self):
+    def is_for_us(self):
         """Any name but ours is DNS rebinding: a foreign page tries to speak to us."""
-        try:
+        with suppress(ValueError):
             host = "//" + self.headers.get("Host", "localhost")
             name = urllib.parse.urlsplit(host).hostname
             if name not in (self.server.host.lower(), "localhost"):
                 ipaddress.ip_address(name)
-        except ValueError:
-            raise Denied(400, "this is not the host that you name") from None
+            return True
+        return False
 
-    def check_key(self):
+    def password(self):
         """HTTP Basic authentication: any user name, and the key as password."""
         code = self.headers.get("Authorization", "").partition(" ")[2]
-        key = ""
         with suppress(ValueError):
-            key = base64.b64decode(code).decode().partition(":")[2]
-        if not is_key(key):
-            raise Denied(401, "key")
+            return base64.b64decode(code).decode().partition(":")[2]
 
     def answer(self, path):
         """(status, what is sent: HTML, or something that is sent as JSON)"""
@@ -1119,24 +1111,21 @@ class Http(http.server.BaseHTTPRequestHandler):
             case "DELETE", "cars", car, "request":
                 if fog.in_loop(fog.give_back(car)):
                     return 204, ""
-        raise Denied(404, "there is no such thing here")
+        return 404, {"error": "there is no such thing here"}
 
     def ask_for_spot(self, car):
-        reply = self.server.desk.post_request(car, self.read_body())
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return 415, {"error": "the body must be application/json"}
+        if not length.isdecimal():
+            return 400, {"error": "Content-Length must say how long the body is"}
+        if len(length) > 6 or int(length) > LIMIT:
+            return 413, {"error": f"the body must be at most {LIMIT} bytes"}
+        reply = self.server.desk.post_request(car, self.rfile.read(int(length)))
         if reply["station"]:
             return 200, reply
         status = 503 if reply["reason"] == "full" else 409
         return status, reply | {"error": reply["reason"]}
-
-    def read_body(self):
-        length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json":
-            raise Denied(415, "the body must be application/json")
-        if not length.isdecimal():
-            raise Denied(400, "Content-Length must say how long the body is")
-        if len(length) > 6 or int(length) > LIMIT:
-            raise Denied(413, f"the body must be at most {LIMIT} bytes")
-        return self.rfile.read(int(length))
 
     def reply(self, status, answer):
         if isinstance(answer, str):
