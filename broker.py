@@ -746,8 +746,10 @@ CLAIMS = 16                 # on their way to one station at a time
 UNDER_WAY = 2_000           # requests at a time; more are refused at once
 REMEMBERED = 10_000         # cars; who has been silent longest is forgotten first
 
-DOING = one_of("driving", "asking", "waiting", "going", "charging", "offline")
-CAR_STATE = {"car": NAME, "at": NAME, "doing": DOING, "battery": PERCENT}
+# What a car may be doing, and its sign on the page
+SIGNS = {"driving": "›", "asking": "?", "waiting": "…", "going": "»",
+         "charging": "+", "offline": "×"}
+CAR_STATE = {"car": NAME, "at": NAME, "doing": one_of(*SIGNS), "battery": PERCENT}
 STATUS = {"broker": NAME, "cars": {NAME: CAR_STATE},
           "stations": {NAME: STATE | {"online": BOOLEAN}},
           "requests": {"local": COUNTER, "ring": COUNTER, "refused": COUNTER},
@@ -1016,11 +1018,6 @@ class Fog:
     def status(self):
         return self.in_loop(self.look_around())
 
-    def post_request(self, car, body):
-        own = {"id": f"http-{secrets.token_hex(8)}"}        # unless it brings one
-        fields = own | read_object(body) | {"car": car}
-        return self.in_loop(self.serve(read_request(self.city, fields)))
-
     def whole_city(self):
         """What the cloud knows of all brokers; without it, what we know: ourselves."""
         trouble = ""
@@ -1095,7 +1092,7 @@ class Http(http.server.BaseHTTPRequestHandler):
             case "GET", "":
                 return 200, PAGE
             case "GET", "map":
-                return 200, Drawing(fog.whole_city()).draw()
+                return 200, draw(fog.whole_city())
             case "GET", "status":
                 return 200, fog.status()
             case "GET", "city":
@@ -1107,13 +1104,13 @@ class Http(http.server.BaseHTTPRequestHandler):
                 if name in states:
                     return 200, states[name]
             case "POST", "cars", car, "request":
-                return self.ask_for_spot(car)
+                return self.ask_for_spot(fog, car)
             case "DELETE", "cars", car, "request":
                 if fog.in_loop(fog.give_back(car)):
                     return 204, ""
         return 404, {"error": "there is no such thing here"}
 
-    def ask_for_spot(self, car):
+    def ask_for_spot(self, fog, car):
         length = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json":
             return 415, {"error": "the body must be application/json"}
@@ -1121,7 +1118,9 @@ class Http(http.server.BaseHTTPRequestHandler):
             return 400, {"error": "Content-Length must say how long the body is"}
         if len(length) > 6 or int(length) > LIMIT:
             return 413, {"error": f"the body must be at most {LIMIT} bytes"}
-        reply = self.server.desk.post_request(car, self.rfile.read(int(length)))
+        own = {"id": f"http-{secrets.token_hex(8)}"}        # unless it brings one
+        fields = own | read_object(self.rfile.read(int(length))) | {"car": car}
+        reply = fog.in_loop(fog.serve(read_request(fog.city, fields)))
         if reply["station"]:
             return 200, reply
         status = 503 if reply["reason"] == "full" else 409
@@ -1160,68 +1159,105 @@ class Http(http.server.BaseHTTPRequestHandler):
 # made of templates; whatever comes from outside goes through `fill`, which escapes it,
 # so a car named "<b>" is drawn with just that name.
 
-CROWD = 40                  # cars; where there are more they are small, without names
-COLUMN = 12                 # cars, one below the other
-COLORS = 6                  # of regions, in the style sheet
-CARS = {"driving": "›", "asking": "?", "waiting": "…", "going": "»",
-        "charging": "+", "offline": "×"}
-
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Smart-charging city</title><style>
 :root { color-scheme: light dark; font: max(15px, 1.3vw)/1.4 sans-serif; --own: gray; }
-.b0 { --own: royalblue; } .b1 { --own: darkorange; } .b2 { --own: lightseagreen; }
-.b3 { --own: mediumorchid; } .b4 { --own: yellowgreen; } .b5 { --own: hotpink; }
-.dead { opacity: .6; } .lost #city { opacity: .4; }
+body { overflow-x: hidden; } h1 { margin: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-td { border-left: .4em solid var(--own); padding: 0 .6em; } h1 { margin: 0; }
-#map { width: 100%; height: min(75vh, 92vw); } svg { overflow: visible; }
-text { text-anchor: middle; dominant-baseline: central; fill: CanvasText;
-  stroke: Canvas; stroke-width: .2em; paint-order: stroke; }
-.name { text-anchor: start; } .land { r: 3em; fill: var(--own); opacity: .25; }
-line, .car { stroke: var(--own); stroke-width: .25em; fill: Canvas; r: .7em; }
-.ring { fill: none; rotate: -90deg; --own: seagreen; } .low { --own: crimson; }
-g { transform-box: view-box; } .crowd g { font-size: .35em; } .crowd .name { fill: none;
-  stroke: none; }
+td { border-left: .4em solid var(--own); padding: 0 .6em; }
+line, b, td { opacity: var(--seen, 1); }
+#map { position: relative; height: min(75vh, 92vw); }
+svg { width: 100%; height: 100%; } line { stroke: var(--own); stroke-width: .25em; }
+.place { position: absolute; display: flex; flex-flow: column wrap; max-height: 9.6em;
+  text-shadow: 0 0 .2em Canvas, 0 0 .2em Canvas; }
+.place:has(i:nth-of-type(7)) { --size: .35em; --names: none; }
+.place::before { content: ""; position: absolute; translate: -50% -50%; opacity: .25;
+  background: var(--own); border-radius: 50%; width: 6em; height: 6em; }
+b { position: absolute; translate: -50% calc(-100% - .9em); font-weight: normal;
+  width: max-content; max-width: 12em; text-align: center; overflow-wrap: anywhere; }
+i { width: 1.6em; height: 1.6em; margin: -.8em .8em .8em -.8em; border-radius: 50%;
+  font: normal var(--size, 1em)/1.6 sans-serif; text-align: center; position: relative;
+  background: radial-gradient(Canvas 50%, transparent 53%), conic-gradient(
+    hsl(calc(1.3 * var(--battery)) 80% 40%) calc(1% * var(--battery)), gray 0); }
+span { position: absolute; top: 0; left: 1.8em; max-width: 7em; white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; display: var(--names, block); }
 </style><h1>Smart-charging city</h1><p id="news" role="status">Asking ...</p>
 <div id="city"></div><p>Spots: ■ charging, ▄ held, □ free. Cars, ringed by their
 battery: › driving, ? asking, … waiting, » going, + charging, × offline</p>
-<script>const cars = () => [...document.querySelectorAll("[data-car]")];
-const say = (text, mood) => { document.body.className = mood;
+<script>const cars = () => [...document.querySelectorAll("[data-car]")].map(
+  car => [car, car.dataset.car, car.getBoundingClientRect()]);
+const say = (text, opacity) => { city.style.opacity = opacity;
   if (news.textContent !== text) news.textContent = text; };
 async function tick() { try {
   const patience = {signal: AbortSignal.timeout(9500)};
   const answer = await fetch(location.origin + "/map", patience);
   if (!answer.ok) throw answer.status;
-  const was = new Map(cars().map(car => [car.dataset.car, car.style.translate]));
+  const was = new Map(cars().map(([, name, place]) => [name, place]));
   city.innerHTML = await answer.text();
-  if (!matchMedia("(prefers-reduced-motion)").matches) for (const car of cars())
-    car.animate({translate: [was.get(car.dataset.car) ?? car.style.translate,
-      car.style.translate]}, 900);
-  say(city.firstChild.dataset.news, "");
-} catch (why) { say(`No answer from ${location.host}, retrying: ${why}`, "lost"); }
+  if (!matchMedia("(prefers-reduced-motion)").matches)
+    for (const [car, name, to] of cars()) { const from = was.get(name) ?? to;
+      car.animate({translate: [`${from.x - to.x}px ${from.y - to.y}px`, "0"]}, 900); }
+  say(city.firstChild.dataset.news, 1);
+} catch (why) { say(`No answer from ${location.host}, retrying: ${why}`, .4); }
 setTimeout(tick, 1000); } tick();</script></html>"""
 
 # What is drawn, with {} where `fill` puts a text, which it escapes.
-MIDDLE = {"x": 50, "y": 50}     # for a car at a place that our map lacks
-ROAD = '<line class="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>'
-PLACE = """<svg class="{look}" x="{x}%" y="{y}%"><circle class="land"/>
-  <text y="-1.6em">{name} {spots}</text></svg>"""
-CAR = """<g data-car="{car}"
-    style="translate: calc({x}% + {right}em) calc({y}% + {down}em)"
-  ><title>{car}: {doing} at {at}, {battery} %</title><circle class="car"/>
-  <circle class="car ring {low}" pathLength="100" stroke-dasharray="{battery} 100"/>
-  <text>{sign}</text><text class="name" x="1em">{label}</text></g>"""
-ROW = '<tr class="{look}"><td>{name}<td>{requests}'
-REQUESTS = "local {local} / ring {ring} / refused {refused}"
-# This one is filled with what is filled already.
-VIEW = """<div data-news="{news}"><svg id="map" class="{crowd}">{drawn}</svg>
-  <table>{rows}</table><pre>{events}</pre></div>"""
+ROAD = '<line style="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>'
+PLACE = '<div class="place" style="left: {x}%; top: {y}%; {look}"><b>{name} {spots}</b>'
+CAR = """<i data-car="{car}" style="--battery: {battery}" role="img"
+  title="{car}: {doing} at {at}, {battery} %">{sign}<span>{car}</span></i>"""
+ROW = """<tr style="{look}"><td>{name}
+  <td>local {local} / ring {ring} / refused {refused}"""
+LOST = '<tr style="{look}"><td>{name}<td>no answer'
 
 
 def fill(template: str, **texts) -> str:
     """The template, with these texts in its blanks. Escaped: they are never HTML."""
     return template.format(**{key: html.escape(str(texts[key])) for key in texts})
+
+
+def draw(city: dict) -> str:
+    """One look at the city: {"cloud", "map", "brokers"}, as GET /city shows it."""
+    brokers = city["brokers"]       # their statuses; None: no answer
+    alive = [status for status in brokers.values() if status]
+    lost = [name for name in brokers if brokers[name] is None]
+    if not city["cloud"]:
+        lost.append("the cloud")
+    news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
+    return "".join([
+        fill('<div data-news="{news}"><div id="map"><svg>', news=news),
+        *draw_map(city["map"], brokers, alive), "</div><table>",
+        *draw_rows(brokers),
+        fill("</table><pre>{events}</pre></div>", events=latest(alive))])
+
+
+def look(broker, brokers):
+    """Its region's color, as CSS: each is far from the one before, on the color wheel;
+    pale gray, where nobody answers."""
+    if brokers.get(broker) is None:
+        return "--seen: .6"
+    return f"--own: hsl({225 + 150 * list(brokers).index(broker)} 70% 55%)"
+
+
+def draw_map(city_map, brokers, alive):
+    """Positions are in percent of the drawing, so it fits a phone and a projector."""
+    places = city_map["places"]
+    xs, ys = zip(*[place["at"] for place in places.values()])
+    at = {}
+    for name, place in places.items():
+        x, y = place["at"]
+        at[name] = {"look": look(place["broker"], brokers),
+                    "x": percent(x, min(xs), max(xs)),
+                    "y": percent(y, max(ys), min(ys))}      # y points upwards
+    for a, b in city_map["roads"]:
+        yield fill(ROAD, **at[a], x2=at[b]["x"], y2=at[b]["y"])
+    yield "</svg>"
+    states = collections.ChainMap(*[status["stations"] for status in alive])
+    cars = draw_cars(alive)
+    for name, place in places.items():
+        spots = say_spots(states.get(name)) if "spots" in place else ""
+        yield fill(PLACE, **at[name], name=name, spots=spots) + cars[name] + "</div>"
 
 
 def percent(value: float, first: float, last: float) -> float:
@@ -1231,84 +1267,36 @@ def percent(value: float, first: float, last: float) -> float:
     return round(12 + 76 * (value - first) / (last - first), 1)
 
 
-class Drawing:
-    """One look at the city: {"cloud", "map", "brokers"}, as GET /city shows it.
-    Positions are in percent of the drawing, so it fits a phone and a projector."""
-    def __init__(self, city):
-        self.city = city
-        self.places = city["map"]["places"]
-        self.brokers = city["brokers"]      # their statuses; None: no answer
-        self.alive = [status for status in self.brokers.values() if status]
-        self.states = {}    # of the stations
-        for status in self.alive:
-            self.states |= status["stations"]
-        known = [car for status in self.alive for car in status["cars"].values()]
-        # A car that two brokers know is alive at one of them, if it is at all.
-        known.sort(key=lambda car: car["doing"] != "offline")
-        self.cars = {car["car"]: car for car in known}
-        self.at = {}        # place: where it is on the drawing, and what it looks like
-        xs, ys = zip(*[place["at"] for place in self.places.values()])
-        for name, place in self.places.items():
-            x, y = place["at"]
-            self.at[name] = {"look": self.look(place["broker"]),
-                             "x": percent(x, min(xs), max(xs)),
-                             "y": percent(y, max(ys), min(ys))}     # y points upwards
+def say_spots(state):
+    if state is None or not state["online"]:
+        return "no answer"
+    uses = list(state["cars"].values())
+    return f"■ {uses.count('charging')} ▄ {uses.count('held')} □ {state['free']}"
 
-    def draw(self):
-        lost = [name for name, status in self.brokers.items() if status is None]
-        if not self.city["cloud"]:
-            lost.append("the cloud")
-        news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
-        drawn = [*map(self.draw_road, self.city["map"]["roads"]),
-                 *map(self.draw_place, self.places), *self.draw_cars()]
-        return VIEW.format(news=html.escape(news), drawn="".join(drawn),
-                           crowd="crowd" if len(self.cars) > CROWD else "",
-                           rows="".join(map(self.draw_row, self.brokers)),
-                           events=html.escape("\n".join(self.events())))
 
-    def look(self, broker):
-        # Its region's color, as a CSS class; or gray, where nobody answers.
-        if self.brokers.get(broker) is None:
-            return "dead"
-        return f"b{list(self.brokers).index(broker) % COLORS}"
+def draw_cars(alive):
+    """{place: the cars there}"""
+    known = [car for status in alive for car in status["cars"].values()]
+    # A car that two brokers know is alive at one of them, if it is at all.
+    known.sort(key=lambda car: car["doing"] != "offline")
+    found = collections.defaultdict(str)
+    for car in {car["car"]: car for car in known}.values():
+        found[car["at"]] += fill(CAR, **car, sign=SIGNS[car["doing"]])
+    return found
 
-    def draw_road(self, road):
-        start, end = [self.at[place] for place in road]
-        return fill(ROAD, **start, x2=end["x"], y2=end["y"])
 
-    def draw_place(self, name):
-        return fill(PLACE, **self.at[name], name=name[:12],
-                    spots=self.say_spots(name) if "spots" in self.places[name] else "")
+def draw_rows(brokers):
+    for name, status in brokers.items():
+        requests = status["requests"] if status else {}
+        yield fill(ROW if status else LOST, name=name, look=look(name, brokers),
+                   **requests)
 
-    def say_spots(self, station):
-        state = self.states.get(station)
-        if state is None or not state["online"]:
-            return "no answer"
-        uses = list(state["cars"].values())
-        return (f"■ {uses.count('charging')} ▄ {uses.count('held')} "
-                f"□ {state['free']}")
 
-    def draw_cars(self):
-        # In columns beside the place where they are
-        here = collections.Counter()
-        for name, car in self.cars.items():
-            place = car["at"]
-            column, row = divmod(here[place], COLUMN)
-            here[place] += 1
-            yield fill(CAR, **car, **self.at.get(place, MIDDLE), label=name[:12],
-                       right=4 * column, down=1.6 * row, sign=CARS[car["doing"]],
-                       low="low" if car["battery"] < 25 else "")
-
-    def draw_row(self, broker):
-        status = self.brokers[broker]
-        return fill(ROW, look=self.look(broker), name=broker, requests=(
-            REQUESTS.format(**status["requests"]) if status else "no answer"))
-
-    def events(self):
-        """Of all brokers, the latest first. (They tell no day: around midnight the
-        order is wrong for a while.)"""
-        lines = [line for status in self.alive for line in reversed(status["events"])]
-        return sorted(lines, key=lambda line: line[:8], reverse=True)
+def latest(alive):
+    """The events of all brokers, the latest first. (They tell no day: around midnight
+    the order is wrong for a while.)"""
+    lines = [line for status in alive for line in reversed(status["events"])]
+    return "\n".join(sorted(lines, key=lambda line: line[:8], reverse=True))
 
 
 # ===== 6. Starting and stopping =======================================================
