@@ -726,16 +726,8 @@ class MqttServer:
 # anything: that is all the locking there is. A search may be cancelled anywhere, as
 # there is nothing to undo: what nobody claims again is free after a lease.
 #
-# The waits nest (a deadline budget): whoever waits is more patient than the one that he
-# waits for, so that nobody gives up on an answer that is about to come.
-#
-#     a car                        10 s
-#       its request                8.7 s    stations 1 s + cloud 4 s + own walk 3.5 s
-#         the cloud                 4 s
-#           its walk                3.5 s   (the own walk, too)
-#             a broker of it        1.5 s
-#               its stations        1 s     two silent ones
-#                 one station       0.5 s
+# The waits nest (a deadline budget; the README draws it): whoever waits is more patient
+# than the one that he waits for, so nobody gives up on an answer that is about to come.
 
 STATION_WAIT = 0.5          # s a station has to answer a claim
 SILENT_STATIONS = 2         # for which one search waits
@@ -754,7 +746,6 @@ STATUS = {"broker": NAME, "cars": {NAME: CAR_STATE},
           "stations": {NAME: STATE | {"online": BOOLEAN}},
           "requests": {"local": COUNTER, "ring": COUNTER, "refused": COUNTER},
           "events": [TEXT]}
-CITY = {"brokers": {NAME: (STATUS,)}}
 
 
 class Fog:
@@ -783,7 +774,7 @@ class Fog:
         self.cars = {}                      # what each car said last, the latest last
         self.answers = {}                   # (station, claim id): a future, its answer
         self.requests = {"local": 0, "ring": 0, "refused": 0}
-        self.under_way = 0
+        self.room = asyncio.Semaphore(UNDER_WAY)
         self.caller = Caller()              # for the cloud and the other brokers
         self.walkers = crew()
 
@@ -890,14 +881,10 @@ class Fog:
         on hears in time."""
         self.tell("<-", who, request["id"], "asks for a spot at", request["at"])
         reply = refusal(request["id"], "full", [self.name])
-        if self.under_way < UNDER_WAY:
-            self.under_way += 1
-            try:
-                reply = await asyncio.wait_for(find(request), seconds)
-            except asyncio.TimeoutError:
-                pass            # it stays "full"
-            finally:
-                self.under_way -= 1
+        if not self.room.locked():
+            async with self.room:
+                with suppress(asyncio.TimeoutError):        # then it stays "full"
+                    reply = await asyncio.wait_for(find(request), seconds)
         self.tell("->", who, request["id"], outcome(reply))
         return reply
 
@@ -977,15 +964,14 @@ class Fog:
     # --- what the doors ask for, in the loop
 
     async def give_back(self, car):
-        """Give the car's spots here back. Returns the names of their stations. They
-        count as free at once, before the station says so itself."""
+        """Give the car's spots here back, if there are any. They count as free at once,
+        before the station says so itself."""
         had = [name for name, state in self.states.items() if car in state["cars"]]
         for name in had:
             state = self.states[name]
             cars = state["cars"].copy()
             del cars[car]
-            self.states[name] = state | {
-                "free": min(state["spots"], state["free"] + 1), "cars": cars}
+            self.states[name] = state | {"free": state["free"] + 1, "cars": cars}
             self.send(f"cars/{car}/leave/{name}", {})
         return had
 
@@ -1023,7 +1009,7 @@ class Fog:
         trouble = ""
         try:
             answer = self.caller.ask(self.city.cloud, {"op": "city"}, CLOUD_WAIT)
-            brokers = fit(CITY, answer, "city")["brokers"]
+            brokers = fit({NAME: (STATUS,)}, answer.get("brokers"), "brokers")
         except (NoAnswer, Invalid) as fault:
             trouble = f"no city: {fault}"
             brokers = {self.name: self.status()}

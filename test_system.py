@@ -1456,15 +1456,15 @@ class TheFog(Simulation):
         self.clock.wait(0.1)
         assert len(self.ids) == 16
         self.clock.wait(2)
-        self.assertEqual((self.fog.answers, self.fog.under_way), ({}, 0))
+        self.assertEqual((self.fog.answers, self.fog.room._value), ({}, 2_000))
 
     def test_a_request_has_its_time(self):
         """And then its car is told to wait; beyond 2,000 that is told at once."""
         self.begins(P1=2)
         self.submit = lambda *request: concurrent.futures.Future()      # nobody walks
         self.plays("ann finds full after=8.7 \n P1 starts")
-        for under_way, found in (1_999, "P1 P1"), (2_000, "full"):
-            self.fog.under_way = under_way
+        for room, found in (1, "P1 P1"), (0, "full"):
+            self.fog.room = asyncio.Semaphore(room)
             self.plays(f"ann finds {found}")
         self.assertEqual(self.fog.requests, {"local": 1, "ring": 0, "refused": 2})
 
