@@ -48,10 +48,10 @@ from typing import NamedTuple
 
 from paho.mqtt.matcher import MQTTMatcher
 
-from cloud_server import (BACKLOG, KEY, LIMIT, RETRY_FULL, TEXT, Breaker, Caller, Door,
-                          Lines, NoAnswer, Story, choose_names, crash, crew, has_room,
-                          is_key, listening, mqtt_password, outcome, read_reply,
-                          read_request, refusal, search, start_up, until_stopped)
+from cloud_server import (BACKLOG, KEY, LIMIT, TEXT, Breaker, Caller, Door, Lines,
+                          Story, choose_names, crash, crew, has_room, is_key, listening,
+                          mqtt_password, outcome, read_reply, read_request, refusal,
+                          search, start_up, until_stopped)
 from ring import (COUNTER, ID, NAME, PERCENT, Invalid, fit, need, one_of, read_json,
                   read_object, to_json)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client
@@ -780,8 +780,8 @@ class Fog:
 
     def attach(self, mqtt):
         self.mqtt = mqtt
-        for kind, what in self.HEARS:
-            mqtt.subscribe_inside(f"{self.name}/{kind}/+/{what}", self)
+        for topic in self.HEARS:
+            mqtt.subscribe_inside(f"{self.name}/{topic}", self)
 
     def deliver(self, message, granted):
         """What a station or car says: HEARS has the handler for its topic. An invalid
@@ -793,7 +793,7 @@ class Fog:
             if kind == "stations":
                 need(name in self.states, "not a station of this broker")
                 self.silent.answered(name)      # it speaks, so it is asked again
-            self.HEARS[kind, what](self, name, message.payload)
+            self.HEARS[f"{kind}/+/{what}"](self, name, message.payload)
         except Invalid as fault:
             self.tell("<-", name, what, f"is invalid: {fault}")
         return MOMENT if what == "request" else 0
@@ -853,9 +853,9 @@ class Fog:
         self.online[name] = fit(BOOLEAN, read_json(payload), "online")
         self.tell("<-", name, "is online" if self.online[name] else "is offline")
 
-    HEARS = {("cars", "request"): on_request, ("cars", "state"): on_car_state,
-             ("stations", "answer"): on_answer, ("stations", "state"): on_state,
-             ("stations", "online"): on_online}
+    HEARS = {"cars/+/request": on_request, "cars/+/state": on_car_state,
+             "stations/+/answer": on_answer, "stations/+/state": on_state,
+             "stations/+/online": on_online}
 
     def is_online(self, name):
         """Its last word (or last will) said so, and it is not left out as silent."""
@@ -956,7 +956,7 @@ class Fog:
             answer = self.caller.ask(self.city.cloud, request | {
                 "op": "search", "broker": self.name}, CLOUD_WAIT)
             return read_reply(self.city, answer, request["id"])
-        except (NoAnswer, Invalid) as fault:
+        except Invalid as fault:
             self.tell("<-", "cloud", request["id"], f"{fault}: walks without it")
         return search(self.city, request, self.city.ring[self.name], self.caller,
                       self.tell)
@@ -1010,7 +1010,7 @@ class Fog:
         try:
             answer = self.caller.ask(self.city.cloud, {"op": "city"}, CLOUD_WAIT)
             brokers = fit({NAME: (STATUS,)}, answer.get("brokers"), "brokers")
-        except (NoAnswer, Invalid) as fault:
+        except Invalid as fault:
             trouble = f"no city: {fault}"
             brokers = {self.name: self.status()}
         self.tell.trouble("<-", "cloud", trouble)
@@ -1029,9 +1029,6 @@ class Fog:
 # No thread touches the fog's tables. It hands a coroutine to the loop and waits for
 # what comes back, so the tables need no lock here, either.
 
-HEADERS = {401: ("WWW-Authenticate", 'Basic realm="city"'),     # of these statuses
-           503: ("Retry-After", RETRY_FULL)}
-
 
 class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
@@ -1046,8 +1043,8 @@ class Http(http.server.BaseHTTPRequestHandler):
             return self.reply(400, {"error": "this is not the host that you name"})
         if not is_key(self.password()):
             return self.reply(401, {"error": "key"})
-        path, _, _ = self.path.partition("?")
-        levels = [urllib.parse.unquote(level) for level in path.split("/")]
+        levels = [urllib.parse.unquote(level)
+                  for level in self.path.split("?")[0].split("/")]
         try:
             self.reply(*self.answer(levels[1:]))
         except Invalid as fault:
@@ -1120,8 +1117,10 @@ class Http(http.server.BaseHTTPRequestHandler):
             kind = "application/json"
             body = to_json(answer)
         self.send_response(status)
-        if status in HEADERS:
-            self.send_header(*HEADERS[status])
+        if status == 401:
+            self.send_header("WWW-Authenticate", 'Basic realm="city"')
+        if status == 503:
+            self.send_header("Retry-After", answer["retry"])
         if body:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", len(body))
@@ -1154,7 +1153,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td { border-left: .4em solid var(--own); padding: 0 .6em; }
 line, b, td { opacity: var(--seen, 1); }
 #map { position: relative; height: min(75vh, 92vw); }
-svg { width: 100%; height: 100%; } line { stroke: var(--own); stroke-width: .25em; }
+svg { position: relative; z-index: -1; width: 100%; height: 100%; }
+line { stroke: var(--own); stroke-width: .25em; }
 .place { position: absolute; display: flex; flex-flow: column wrap; max-height: 9.6em;
   text-shadow: 0 0 .2em Canvas, 0 0 .2em Canvas; }
 .place:has(i:nth-of-type(7)) { --size: .35em; --names: none; }
@@ -1207,15 +1207,18 @@ def draw(city: dict) -> str:
     """One look at the city: {"cloud", "map", "brokers"}, as GET /city shows it."""
     brokers = city["brokers"]       # their statuses; None: no answer
     alive = [status for status in brokers.values() if status]
+    lines = [line for status in alive for line in reversed(status["events"])]
+    # They tell no day: around midnight the order is wrong for a while.
+    lines.sort(key=lambda line: line[:8], reverse=True)
     lost = [name for name in brokers if brokers[name] is None]
     if not city["cloud"]:
         lost.append("the cloud")
     news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
     return "".join([
-        fill('<div data-news="{news}"><div id="map"><svg>', news=news),
-        *draw_map(city["map"], brokers, alive), "</div><table>",
+        fill('<div data-news="{news}"><div id="map">', news=news),
+        *draw_map(city["map"], brokers, alive), "</svg></div><table>",
         *draw_rows(brokers),
-        fill("</table><pre>{events}</pre></div>", events=latest(alive))])
+        fill("</table><pre>{events}</pre></div>", events="\n".join(lines))])
 
 
 def look(broker, brokers):
@@ -1230,20 +1233,19 @@ def draw_map(city_map, brokers, alive):
     """Positions are in percent of the drawing, so it fits a phone and a projector."""
     places = city_map["places"]
     xs, ys = zip(*[place["at"] for place in places.values()])
+    states = collections.ChainMap(*[status["stations"] for status in alive])
+    cars = draw_cars(alive)
     at = {}
     for name, place in places.items():
         x, y = place["at"]
         at[name] = {"look": look(place["broker"], brokers),
                     "x": percent(x, min(xs), max(xs)),
                     "y": percent(y, max(ys), min(ys))}      # y points upwards
-    for a, b in city_map["roads"]:
-        yield fill(ROAD, **at[a], x2=at[b]["x"], y2=at[b]["y"])
-    yield "</svg>"
-    states = collections.ChainMap(*[status["stations"] for status in alive])
-    cars = draw_cars(alive)
-    for name, place in places.items():
         spots = say_spots(states.get(name)) if "spots" in place else ""
         yield fill(PLACE, **at[name], name=name, spots=spots) + cars[name] + "</div>"
+    yield "<svg>"
+    for a, b in city_map["roads"]:
+        yield fill(ROAD, **at[a], x2=at[b]["x"], y2=at[b]["y"])
 
 
 def percent(value: float, first: float, last: float) -> float:
@@ -1276,13 +1278,6 @@ def draw_rows(brokers):
         requests = status["requests"] if status else {}
         yield fill(ROW if status else LOST, name=name, look=look(name, brokers),
                    **requests)
-
-
-def latest(alive):
-    """The events of all brokers, the latest first. (They tell no day: around midnight
-    the order is wrong for a while.)"""
-    lines = [line for status in alive for line in reversed(status["events"])]
-    return "\n".join(sorted(lines, key=lambda line: line[:8], reverse=True))
 
 
 # ===== 6. Starting and stopping =======================================================

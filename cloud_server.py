@@ -51,12 +51,7 @@ THREADS = 2000      # of one process; who comes when there are more is turned aw
 SPARE_FILES = 32    # descriptors kept for what is not a guest
 PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5, for the third
                     # of three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
-FIRST_PAUSE = 10    # s for which somebody silent is left out; then twice as long ...
-LONGEST_PAUSE = 80  # ... but never longer than this
-KEPT = 8            # idle connections to one address
 CREW = 32           # threads of a part that wait for others, so that it need not
-RETRY_FULL = 5      # s after which a refused car asks again: a spot may be free
-RETRY_OTHER = 60    # s where asking again can hardly help
 
 
 # --- The key --------------------------------------------------------------------------
@@ -195,8 +190,8 @@ def crew():
 def resolve(host):
     """The one address that servers and clients use: IPv4 if the host has one. (Where
     "localhost" has two, a client that tries both loses time with the wrong one.)"""
-    addresses = [info[-1][0] for info in socket.getaddrinfo(host, None)]
-    return min(addresses, key=lambda address: ":" in address)
+    infos = socket.getaddrinfo(host, None)
+    return min(infos, key=lambda info: info[0])[4][0]   # by family: AF_INET is the least
 
 
 @contextmanager
@@ -311,7 +306,7 @@ class Lines(socketserver.StreamRequestHandler):
 #     it does not answer in time   it hangs, and would cost us all a wait: leave it out
 #     it answers nonsense          it is alive: ask again, and tell what it said
 
-class NoAnswer(Exception):
+class NoAnswer(Invalid):
     """There is no answer, or none that can be used. The text is the true cause."""
 
 
@@ -322,7 +317,7 @@ class Breaker:
     find at the same moment that a time is up write the same."""
     def __init__(self):
         # who: (left out until, for how many s the next time)
-        self.silent = collections.defaultdict(lambda: (0.0, FIRST_PAUSE))
+        self.silent = collections.defaultdict(lambda: (0.0, 10))
 
     def is_open(self, who):
         until, _ = self.silent[who]
@@ -333,7 +328,7 @@ class Breaker:
         now = monotonic()
         until, pause = self.silent[who]
         if now >= until:
-            self.silent[who] = now + pause, min(2 * pause, LONGEST_PAUSE)
+            self.silent[who] = now + pause, min(2 * pause, 80)
 
     def answered(self, who):
         self.silent.pop(who, None)
@@ -342,12 +337,12 @@ class Breaker:
 class Caller:
     """Asks other parts' doors, for many threads. Some connections are kept open for the
     next question, as to open one costs more than to ask. Threads may take them from a
-    deque, and put them back, at the same time; if there are KEPT already, the oldest is
+    deque, and put them back, at the same time; if there are 8 already, the oldest is
     closed."""
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
         self.kept = collections.defaultdict(    # address: connections, all idle
-            lambda: collections.deque(maxlen=KEPT))
+            lambda: collections.deque(maxlen=8))
 
     def ask(self, address, request, seconds):
         # Whatever goes wrong is raised as NoAnswer, with the true cause.
@@ -423,7 +418,9 @@ def read_reply(city: City, fields: dict, request_id: str) -> dict:
 
 
 def refusal(request_id: str | None, reason: str, asked: list[str]) -> dict:
-    retry = RETRY_FULL if reason == "full" else RETRY_OTHER
+    """`retry`: s after which to ask again. A spot may be free soon; where the reason is
+    another one, asking again can hardly help."""
+    retry = 5 if reason == "full" else 60
     return {"id": request_id, "station": None, "reason": reason, "retry": retry,
             "asked": asked}
 
@@ -448,7 +445,7 @@ def search(city, request, home, caller, tell):
         try:
             answer = caller.ask(broker.address, {"op": "reserve"} | request, seconds)
             reply = read_reply(city, answer, request_id)
-        except (NoAnswer, Invalid) as fault:
+        except Invalid as fault:
             tell("<-", broker.name, request_id, f"skipped: {fault}")
             continue
         tell("<-", broker.name, request_id, outcome(reply))
@@ -505,9 +502,8 @@ def main():
     parser = argparse.ArgumentParser(description="The cloud of the charging city.")
     _, city = start_up(parser)
     tell = Story("cloud")
-    host, port = city.cloud
-    door = Door(host, port, Lines, Cloud(city, tell).answer, tell)
-    tell(f"listens on {host} port {port}")
+    door = Door(*city.cloud, Lines, Cloud(city, tell).answer, tell)
+    tell("listens on {} port {}".format(*city.cloud))
     with until_stopped():
         door.serve_forever()
 
