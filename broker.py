@@ -1014,7 +1014,7 @@ class Fog:
             trouble = f"no city: {fault}"
             brokers = {self.name: self.status()}
         self.tell.trouble("<-", "cloud", trouble)
-        return {"cloud": trouble == "", "map": {
+        return {"cloud": not trouble, "map": {
             "places": self.city.places, "roads": self.city.roads}, "brokers": brokers}
 
 
@@ -1039,13 +1039,12 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def do(self):
         """First who asks, then for what."""
-        if not self.is_for_us():
-            return self.reply(400, {"error": "this is not the host that you name"})
-        if not is_key(self.password()):
-            return self.reply(401, {"error": "key"})
         levels = [urllib.parse.unquote(level)
                   for level in self.path.split("?")[0].split("/")]
         try:
+            need(self.is_for_us(), "this is not the host that you name")
+            if not is_key(self.password()):
+                return self.reply(401, {"error": "key"})
             self.reply(*self.answer(levels[1:]))
         except Invalid as fault:
             self.reply(400, {"error": str(fault)})
@@ -1097,8 +1096,7 @@ class Http(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json":
             return 415, {"error": "the body must be application/json"}
-        if not length.isdecimal():
-            return 400, {"error": "Content-Length must say how long the body is"}
+        need(length.isdecimal(), "Content-Length must say how long the body is")
         if len(length) > 6 or int(length) > LIMIT:
             return 413, {"error": f"the body must be at most {LIMIT} bytes"}
         own = {"id": f"http-{secrets.token_hex(8)}"}        # unless it brings one
@@ -1188,15 +1186,6 @@ async function tick() { try {
 } catch (why) { say(`No answer from ${location.host}, retrying: ${why}`, .4); }
 setTimeout(tick, 1000); } tick();</script></html>"""
 
-# What is drawn, with {} where `fill` puts a text, which it escapes.
-ROAD = '<line style="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>'
-PLACE = '<div class="place" style="left: {x}%; top: {y}%; {look}"><b>{name} {spots}</b>'
-CAR = """<i data-car="{car}" style="--battery: {battery}" role="img"
-  title="{car}: {doing} at {at}, {battery} %">{sign}<span>{car}</span></i>"""
-ROW = """<tr style="{look}"><td>{name}
-  <td>local {local} / ring {ring} / refused {refused}"""
-LOST = '<tr style="{look}"><td>{name}<td>no answer'
-
 
 def fill(template: str, **texts) -> str:
     """The template, with these texts in its blanks. Escaped: they are never HTML."""
@@ -1210,7 +1199,7 @@ def draw(city: dict) -> str:
     lines = [line for status in alive for line in reversed(status["events"])]
     # They tell no day: around midnight the order is wrong for a while.
     lines.sort(key=lambda line: line[:8], reverse=True)
-    lost = [name for name in brokers if brokers[name] is None]
+    lost = [name for name in brokers if not brokers[name]]
     if not city["cloud"]:
         lost.append("the cloud")
     news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
@@ -1224,7 +1213,7 @@ def draw(city: dict) -> str:
 def look(broker, brokers):
     """Its region's color, as CSS: each is far from the one before, on the color wheel;
     pale gray, where nobody answers."""
-    if brokers.get(broker) is None:
+    if not brokers.get(broker):
         return "--seen: .6"
     return f"--own: hsl({225 + 150 * list(brokers).index(broker)} 70% 55%)"
 
@@ -1242,10 +1231,13 @@ def draw_map(city_map, brokers, alive):
                     "x": percent(x, min(xs), max(xs)),
                     "y": percent(y, max(ys), min(ys))}      # y points upwards
         spots = say_spots(states.get(name)) if "spots" in place else ""
-        yield fill(PLACE, **at[name], name=name, spots=spots) + cars[name] + "</div>"
+        yield fill('<div class="place" style="left: {x}%; top: {y}%; {look}">'
+                   "<b>{name} {spots}</b>", **at[name], name=name, spots=spots)
+        yield cars[name] + "</div>"
     yield "<svg>"
     for a, b in city_map["roads"]:
-        yield fill(ROAD, **at[a], x2=at[b]["x"], y2=at[b]["y"])
+        yield fill('<line style="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>',
+                   **at[a], x2=at[b]["x"], y2=at[b]["y"])
 
 
 def percent(value: float, first: float, last: float) -> float:
@@ -1256,7 +1248,7 @@ def percent(value: float, first: float, last: float) -> float:
 
 
 def say_spots(state):
-    if state is None or not state["online"]:
+    if not state or not state["online"]:
         return "no answer"
     uses = list(state["cars"].values())
     return f"■ {uses.count('charging')} ▄ {uses.count('held')} □ {state['free']}"
@@ -1269,15 +1261,22 @@ def draw_cars(alive):
     known.sort(key=lambda car: car["doing"] != "offline")
     found = collections.defaultdict(str)
     for car in {car["car"]: car for car in known}.values():
-        found[car["at"]] += fill(CAR, **car, sign=SIGNS[car["doing"]])
+        found[car["at"]] += fill(
+            '<i data-car="{car}" style="--battery: {battery}" role="img" title="{car}: '
+            '{doing} at {at}, {battery} %">{sign}<span>{car}</span></i>',
+            **car, sign=SIGNS[car["doing"]])
     return found
 
 
 def draw_rows(brokers):
     for name, status in brokers.items():
-        requests = status["requests"] if status else {}
-        yield fill(ROW if status else LOST, name=name, look=look(name, brokers),
-                   **requests)
+        yield fill('<tr style="{look}"><td>{name}<td>', name=name,
+                   look=look(name, brokers))
+        if status:
+            yield fill("local {local} / ring {ring} / refused {refused}",
+                       **status["requests"])
+        else:
+            yield "no answer"
 
 
 # ===== 6. Starting and stopping =======================================================

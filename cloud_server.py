@@ -47,10 +47,6 @@ ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many c
 GUEST_WAIT = 10     # s for a guest's first question; without the key it has no more
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
-THREADS = 2000      # of one process; who comes when there are more is turned away
-SPARE_FILES = 32    # descriptors kept for what is not a guest
-PROOF = 0.49        # s; to be silent for less proves nothing. (Not 0.5, for the third
-                    # of three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little)
 CREW = 32           # threads of a part that wait for others, so that it need not
 
 
@@ -190,8 +186,9 @@ def crew():
 def resolve(host):
     """The one address that servers and clients use: IPv4 if the host has one. (Where
     "localhost" has two, a client that tries both loses time with the wrong one.)"""
-    infos = socket.getaddrinfo(host, None)
-    return min(infos, key=lambda info: info[0])[4][0]   # by family: AF_INET is the least
+    found = socket.getaddrinfo(host, None)
+    first = min(found, key=lambda info: info[0])    # of the families AF_INET is least
+    return first[4][0]
 
 
 @contextmanager
@@ -212,8 +209,8 @@ def has_room(connection):
     """A new descriptor gets the lowest free number, so it tells how many are left."""
     if resource is None:
         return True
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES
-    return connection.fileno() < most
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return connection.fileno() < most - 32      # these are kept for what is not a guest
 
 
 class Patience(socket.socket):
@@ -254,9 +251,9 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__((address, port), handler)
 
     def process_request(self, request, client_address):
-        """Turn a newcomer away rather than fail those who are being served. (What this
-        raises goes to handle_error, and the connection is closed.)"""
-        if not has_room(request) or threading.active_count() > THREADS:
+        """Turn a newcomer away rather than fail those who are being served: one process
+        has 2,000 threads. (What is raised here goes to handle_error.)"""
+        if not has_room(request) or threading.active_count() > 2000:
             raise OSError("turned away: too many connections")
         try:
             super().process_request(Patience(request, GUEST_WAIT), client_address)
@@ -307,7 +304,7 @@ class Lines(socketserver.StreamRequestHandler):
 #     it answers nonsense          it is alive: ask again, and tell what it said
 
 class NoAnswer(Invalid):
-    """There is no answer, or none that can be used. The text is the true cause."""
+    """There is none. The text is the true cause."""
 
 
 class Breaker:
@@ -345,17 +342,19 @@ class Caller:
             lambda: collections.deque(maxlen=8))
 
     def ask(self, address, request, seconds):
-        # Whatever goes wrong is raised as NoAnswer, with the true cause.
+        """Raises NoAnswer, or Invalid where the answer is nonsense."""
         if self.breaker.is_open(address):
             raise NoAnswer("left out, as it was silent")
         try:
             answer = read_object(self.exchange(address, request, seconds))
         except TimeoutError:
-            if seconds >= PROOF:
+            # To be silent for less than half a second proves nothing. (The third of
+            # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little.)
+            if seconds > 0.49:
                 self.breaker.failed(address)
             raise NoAnswer(f"no answer in {seconds:.1f} s") from None
-        except (OSError, Invalid) as fault:
-            raise NoAnswer(f"no good answer ({fault})") from None
+        except OSError as fault:
+            raise NoAnswer(f"no answer ({fault})") from None
         self.breaker.answered(address)
         if "error" in answer:
             raise NoAnswer(f"refused ({answer['error']!s:.99}); for \"key\" see EV_KEY")
@@ -492,7 +491,7 @@ class Cloud:
         status = None
         try:
             status = self.caller.ask(broker.address, {"op": "status"}, BROKER_WAIT)
-        except NoAnswer as fault:
+        except Invalid as fault:
             trouble = f"no status: {fault}"
         self.tell.trouble("<-", broker.name, trouble)
         return broker.name, status
