@@ -876,9 +876,8 @@ class Fog:
 
     async def in_time(self, seconds, who, find, request):
         """One request, from its arrival to its reply: what `find` replies, or "full"
-        when its time is up. Too many at once would all be late. So when enough are
-        under way the next one is refused at once (load shedding), and whoever is taken
-        on hears in time."""
+        when its time is up. If too many were under way all would be late: so the next
+        one is refused at once (load shedding)."""
         self.tell("<-", who, request["id"], "asks for a spot at", request["at"])
         reply = refusal(request["id"], "full", [self.name])
         if not self.room.locked():
@@ -966,9 +965,9 @@ class Fog:
     async def give_back(self, car):
         """Give the car's spots here back, if there are any. They count as free at once,
         before the station says so itself."""
-        had = [name for name, state in self.states.items() if car in state["cars"]]
-        for name in had:
-            state = self.states[name]
+        had = [state for state in self.states.values() if car in state["cars"]]
+        for state in had:
+            name = state["station"]
             cars = state["cars"].copy()
             del cars[car]
             self.states[name] = state | {"free": state["free"] + 1, "cars": cars}
@@ -1146,26 +1145,25 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Smart-charging city</title><style>
 :root { color-scheme: light dark; font: max(15px, 1.3vw)/1.4 sans-serif; --own: gray; }
-body { overflow-x: hidden; } h1 { margin: 0; }
+body { margin: 4px; } h1 { margin: 0; } b, td, line { opacity: var(--seen, 1); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td { border-left: .4em solid var(--own); padding: 0 .6em; }
-line, b, td { opacity: var(--seen, 1); }
-#map { position: relative; height: min(75vh, 92vw); }
-svg { position: relative; z-index: -1; width: 100%; height: 100%; }
+#map { position: relative; height: min(75vh, 92vw); white-space: nowrap;
+  overflow-x: clip; }
+svg { position: absolute; top: 0; z-index: -1; width: 100%; height: 100%; }
 line { stroke: var(--own); stroke-width: .25em; }
-.place { position: absolute; display: flex; flex-flow: column wrap; max-height: 9.6em;
+li { position: absolute; display: flex; flex-flow: column wrap; max-height: 9.6em;
   text-shadow: 0 0 .2em Canvas, 0 0 .2em Canvas; }
-.place:has(i:nth-of-type(7)) { --size: .35em; --names: none; }
-.place::before { content: ""; position: absolute; translate: -50% -50%; opacity: .25;
+li:has(i:nth-of-type(7)) { --size: .35em; --names: none; }
+li::before { content: ""; position: absolute; translate: -50% -50%; opacity: .25;
   background: var(--own); border-radius: 50%; width: 6em; height: 6em; }
-b { position: absolute; translate: -50% calc(-100% - .9em); font-weight: normal;
-  width: max-content; max-width: 12em; text-align: center; overflow-wrap: anywhere; }
+b { position: absolute; translate: -50% -2.4em; font-weight: normal; }
 i { width: 1.6em; height: 1.6em; margin: -.8em .8em .8em -.8em; border-radius: 50%;
   font: normal var(--size, 1em)/1.6 sans-serif; text-align: center; position: relative;
   background: radial-gradient(Canvas 50%, transparent 53%), conic-gradient(
     hsl(calc(1.3 * var(--battery)) 80% 40%) calc(1% * var(--battery)), gray 0); }
-span { position: absolute; top: 0; left: 1.8em; max-width: 7em; white-space: nowrap;
-  overflow: hidden; text-overflow: ellipsis; display: var(--names, block); }
+span { position: absolute; top: 0; left: 1.8em; max-width: 7em; overflow: hidden;
+  text-overflow: ellipsis; display: var(--names, block); }
 </style><h1>Smart-charging city</h1><p id="news" role="status">Asking ...</p>
 <div id="city"></div><p>Spots: ■ charging, ▄ held, □ free. Cars, ringed by their
 battery: › driving, ? asking, … waiting, » going, + charging, × offline</p>
@@ -1204,7 +1202,7 @@ def draw(city: dict) -> str:
         lost.append("the cloud")
     news = f"No answer from {', '.join(lost)}" if lost else "All parts answer"
     return "".join([
-        fill('<div data-news="{news}"><div id="map">', news=news),
+        fill('<div data-news="{news}"><div id="map"><ul>', news=news),
         *draw_map(city["map"], brokers, alive), "</svg></div><table>",
         *draw_rows(brokers),
         fill("</table><pre>{events}</pre></div>", events="\n".join(lines))])
@@ -1231,10 +1229,10 @@ def draw_map(city_map, brokers, alive):
                     "x": percent(x, min(xs), max(xs)),
                     "y": percent(y, max(ys), min(ys))}      # y points upwards
         spots = say_spots(states.get(name)) if "spots" in place else ""
-        yield fill('<div class="place" style="left: {x}%; top: {y}%; {look}">'
-                   "<b>{name} {spots}</b>", **at[name], name=name, spots=spots)
-        yield cars[name] + "</div>"
-    yield "<svg>"
+        yield fill('<li style="left: {x}%; top: {y}%; {look}"><b>{name} {spots}</b>',
+                   **at[name], name=name, spots=spots)
+        yield from cars[name]
+    yield "</ul><svg>"
     for a, b in city_map["roads"]:
         yield fill('<line style="{look}" x1="{x}%" y1="{y}%" x2="{x2}%" y2="{y2}%"/>',
                    **at[a], x2=at[b]["x"], y2=at[b]["y"])
@@ -1259,12 +1257,12 @@ def draw_cars(alive):
     known = [car for status in alive for car in status["cars"].values()]
     # A car that two brokers know is alive at one of them, if it is at all.
     known.sort(key=lambda car: car["doing"] != "offline")
-    found = collections.defaultdict(str)
+    found = collections.defaultdict(list)
     for car in {car["car"]: car for car in known}.values():
-        found[car["at"]] += fill(
+        found[car["at"]].append(fill(
             '<i data-car="{car}" style="--battery: {battery}" role="img" title="{car}: '
             '{doing} at {at}, {battery} %">{sign}<span>{car}</span></i>',
-            **car, sign=SIGNS[car["doing"]])
+            **car, sign=SIGNS[car["doing"]]))
     return found
 
 

@@ -187,8 +187,7 @@ def resolve(host):
     """The one address that servers and clients use: IPv4 if the host has one. (Where
     "localhost" has two, a client that tries both loses time with the wrong one.)"""
     found = socket.getaddrinfo(host, None)
-    first = min(found, key=lambda info: info[0])    # of the families AF_INET is least
-    return first[4][0]
+    return min(found, key=lambda info: info[0])[4][0]       # AF_INET is the least
 
 
 @contextmanager
@@ -303,15 +302,10 @@ class Lines(socketserver.StreamRequestHandler):
 #     it does not answer in time   it hangs, and would cost us all a wait: leave it out
 #     it answers nonsense          it is alive: ask again, and tell what it said
 
-class NoAnswer(Invalid):
-    """There is none. The text is the true cause."""
-
-
 class Breaker:
-    """A circuit breaker: it leaves out whoever left a question unanswered, first for 10
-    s, then for twice as long each time, at most 80 s; once it has answered, 10 s again.
-    Used by many threads, without a lock: an entry is replaced as a whole, and those who
-    find at the same moment that a time is up write the same."""
+    """A circuit breaker: it leaves out whoever left a question unanswered, for 10 s,
+    then twice as long each time, at most 80 s, until it answers. It needs no lock: an
+    entry is replaced as a whole, and all who see that its time is up write the same."""
     def __init__(self):
         # who: (left out until, for how many s the next time)
         self.silent = collections.defaultdict(lambda: (0.0, 10))
@@ -332,19 +326,18 @@ class Breaker:
 
 
 class Caller:
-    """Asks other parts' doors, for many threads. Some connections are kept open for the
-    next question, as to open one costs more than to ask. Threads may take them from a
-    deque, and put them back, at the same time; if there are 8 already, the oldest is
-    closed."""
+    """Asks other parts' doors, for many threads. To open a connection costs more than
+    to ask, so up to 8 idle ones are kept for each address, in a deque, as threads may
+    take them and put them back at the same time; of more the oldest is closed."""
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
         self.kept = collections.defaultdict(    # address: connections, all idle
             lambda: collections.deque(maxlen=8))
 
     def ask(self, address, request, seconds):
-        """Raises NoAnswer, or Invalid where the answer is nonsense."""
+        """The answer. Raises Invalid, with the true cause, if there is none."""
         if self.breaker.is_open(address):
-            raise NoAnswer("left out, as it was silent")
+            raise Invalid("left out, as it was silent")
         try:
             answer = read_object(self.exchange(address, request, seconds))
         except TimeoutError:
@@ -352,12 +345,12 @@ class Caller:
             # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little.)
             if seconds > 0.49:
                 self.breaker.failed(address)
-            raise NoAnswer(f"no answer in {seconds:.1f} s") from None
+            raise Invalid(f"no answer in {seconds:.1f} s") from None
         except OSError as fault:
-            raise NoAnswer(f"no answer ({fault})") from None
+            raise Invalid(f"no answer ({fault})") from None
         self.breaker.answered(address)
         if "error" in answer:
-            raise NoAnswer(f"refused ({answer['error']!s:.99}); for \"key\" see EV_KEY")
+            raise Invalid(f"refused ({answer['error']!s:.99}); for \"key\" see EV_KEY")
         return answer
 
     def exchange(self, address, request, seconds):
@@ -417,8 +410,7 @@ def read_reply(city: City, fields: dict, request_id: str) -> dict:
 
 
 def refusal(request_id: str | None, reason: str, asked: list[str]) -> dict:
-    """`retry`: s after which to ask again. A spot may be free soon; where the reason is
-    another one, asking again can hardly help."""
+    """`retry`: s after which to ask again. If it is not "full" that can hardly help."""
     retry = 5 if reason == "full" else 60
     return {"id": request_id, "station": None, "reason": reason, "retry": retry,
             "asked": asked}

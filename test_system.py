@@ -976,7 +976,7 @@ class Asking(Story):
             address = hung.getsockname()
             for seconds, why in (1, "refused"), (0.3, "no answer"), (0.5, "no answer"):
                 assert not caller.breaker.is_open(address)
-                with self.assertRaisesRegex(cloud_server.NoAnswer, why):
+                with self.assertRaisesRegex(ring.Invalid, why):
                     caller.ask(address, {}, seconds)
                 hung.listen()
         assert caller.breaker.is_open(address)
