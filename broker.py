@@ -839,8 +839,7 @@ class Fog:
         try:
             self.answers[name, answer["id"]].set_result(answer)
         except (KeyError, asyncio.InvalidStateError):   # it has an answer, or no time
-            self.tell("<-", name, answer["id"], "is too late: a yes that nobody claims "
-                      "ends by itself")
+            self.tell("<-", name, answer["id"], "is too late: a lease ends by itself")
 
     def on_state(self, name, payload):
         """Who is at a station. Replaced as a whole, so a lost state costs nothing."""
@@ -948,8 +947,7 @@ class Fog:
                 del self.answers[name, claim_id]
 
     def walk_ring(self, request):
-        """Ask the cloud, or without it the others in turn, with the same `search`. In a
-        thread of its own."""
+        """In a thread: ask the cloud, or without it the others, with its `search`."""
         self.tell("->", "cloud", request["id"], "no spot here: who has one?")
         try:
             answer = self.caller.ask(self.city.cloud, request | {
@@ -975,8 +973,7 @@ class Fog:
         return had
 
     async def look_around(self):
-        """All that this broker knows: the shape is STATUS. A coroutine, though it
-        awaits nothing, so that `in_loop` can run it."""
+        """All that this broker knows: a STATUS. (`in_loop` runs only coroutines.)"""
         stations = {name: state | {"online": self.is_online(name)}
                     for name, state in self.states.items()}
         return {"broker": self.name, "stations": stations, "cars": dict(self.cars),
@@ -1024,9 +1021,8 @@ class Fog:
 #     GET /city                    what all brokers know, through the cloud
 #     POST, DELETE /cars/car1/request               a spot for a car without MQTT
 #
-# One thread per connection, because a thread may wait: for a slow guest, or the cloud.
-# No thread touches the fog's tables. It hands a coroutine to the loop and waits for
-# what comes back, so the tables need no lock here, either.
+# One thread per connection, as a thread may wait: for a slow guest, or the cloud. None
+# touches the fog's tables: it hands a coroutine to the loop, and waits for its result.
 
 
 class Http(http.server.BaseHTTPRequestHandler):
@@ -1107,12 +1103,9 @@ class Http(http.server.BaseHTTPRequestHandler):
         return status, reply | {"error": reply["reason"]}
 
     def reply(self, status, answer):
-        if isinstance(answer, str):
-            kind = "text/html; charset=utf-8"
-            body = answer.encode(errors="replace")
-        else:
-            kind = "application/json"
-            body = to_json(answer)
+        is_page = isinstance(answer, str)
+        kind = "text/html; charset=utf-8" if is_page else "application/json"
+        body = answer.encode(errors="replace") if is_page else to_json(answer)
         self.send_response(status)
         if status == 401:
             self.send_header("WWW-Authenticate", 'Basic realm="city"')
@@ -1148,12 +1141,11 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 body { margin: 4px; } h1 { margin: 0; } b, td, line { opacity: var(--seen, 1); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td { border-left: .4em solid var(--own); padding: 0 .6em; }
-#map { position: relative; height: min(75vh, 92vw); white-space: nowrap;
-  overflow-x: clip; }
+#map { position: relative; height: min(75vh, 92vw); overflow-x: clip; }
 svg { position: absolute; top: 0; z-index: -1; width: 100%; height: 100%; }
 line { stroke: var(--own); stroke-width: .25em; }
 li { position: absolute; display: flex; flex-flow: column wrap; max-height: 9.6em;
-  text-shadow: 0 0 .2em Canvas, 0 0 .2em Canvas; }
+  text-shadow: 0 0 .2em Canvas, 0 0 .2em Canvas; white-space: nowrap; }
 li:has(i:nth-of-type(7)) { --size: .35em; --names: none; }
 li::before { content: ""; position: absolute; translate: -50% -50%; opacity: .25;
   background: var(--own); border-radius: 50%; width: 6em; height: 6em; }

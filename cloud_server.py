@@ -127,7 +127,7 @@ def choose_names(args, known, what):
     for name in args.names:
         if name not in known:
             give_up(f"{args.config}: there is no {what} {name!a}")
-    return [name for name in known if name in (args.names or known)]
+    return [name for name in known if name in args.names or not args.names]
 
 
 def check_key():
@@ -305,7 +305,7 @@ class Lines(socketserver.StreamRequestHandler):
 class Breaker:
     """A circuit breaker: it leaves out whoever left a question unanswered, for 10 s,
     then twice as long each time, at most 80 s, until it answers. It needs no lock: an
-    entry is replaced as a whole, and all who see that its time is up write the same."""
+    entry is replaced as a whole, and all who time out together write the same one."""
     def __init__(self):
         # who: (left out until, for how many s the next time)
         self.silent = collections.defaultdict(lambda: (0.0, 10))
@@ -315,7 +315,6 @@ class Breaker:
         return monotonic() < until
 
     def failed(self, who):
-        """Its time was up. Many may find that out at once: that counts as one time."""
         now = monotonic()
         until, pause = self.silent[who]
         if now >= until:
@@ -331,8 +330,7 @@ class Caller:
     take them and put them back at the same time; of more the oldest is closed."""
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
-        self.kept = collections.defaultdict(    # address: connections, all idle
-            lambda: collections.deque(maxlen=8))
+        self.kept = collections.defaultdict(lambda: collections.deque(maxlen=8))
 
     def ask(self, address, request, seconds):
         """The answer. Raises Invalid, with the true cause, if there is none."""
@@ -368,8 +366,7 @@ class Caller:
         return self.converse(address, Patience(connection, seconds), line, end)
 
     def converse(self, address, connection, line, end):
-        """It is kept for the next time only if it has answered. (Else nobody refers to
-        it any more, and so it is closed.)"""
+        """It is kept if it answers; else it is closed, as nobody has it any more."""
         connection.end = end
         connection.sendall(line)
         answer = connection.makefile("rb").readline(ANSWER_LIMIT)
