@@ -1037,7 +1037,7 @@ class Http(http.server.BaseHTTPRequestHandler):
         levels = [urllib.parse.unquote(level)
                   for level in self.path.split("?")[0].split("/")]
         try:
-            need(self.is_for_us(), "this is not the host that you name")
+            self.check_host()
             if not is_key(self.password()):
                 return self.reply(401, {"error": "key"})
             self.reply(*self.answer(levels[1:]))
@@ -1046,15 +1046,15 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_DELETE = do
 
-    def is_for_us(self):
+    def check_host(self):
         """Any name but ours is DNS rebinding: a foreign page tries to speak to us."""
-        with suppress(ValueError):
+        try:
             host = "//" + self.headers.get("Host", "localhost")
             name = urllib.parse.urlsplit(host).hostname
             if name not in (self.server.host.lower(), "localhost"):
                 ipaddress.ip_address(name)
-            return True
-        return False
+        except ValueError:
+            raise Invalid("this is not the host that you name") from None
 
     def password(self):
         """HTTP Basic authentication: any user name, and the key as password."""

@@ -420,9 +420,8 @@ def outcome(reply: dict) -> str:
 
 
 def search(city, request, home, caller, tell):
-    """Walk the ring for a car, from the broker after its own: an offer or a refusal. A
-    broker that does not answer in time is skipped, but stands in `asked`; one whose
-    breaker is open is not even asked."""
+    """Walk the ring for a car, from the broker after its own: an offer or a refusal. Who
+    does not answer in time stands in `asked`, too; who is left out is not even asked."""
     request_id = request["id"]
     asked = []
     for broker, seconds in walk(home):
