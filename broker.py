@@ -804,8 +804,8 @@ class Fog:
     # --- what cars say
 
     def on_request(self, car, payload):
-        """A task for each request: one that hangs on the cloud holds nobody up. (To
-        asyncio alone tasks are weak references; what it awaits refers to it, too.)"""
+        """A task for each request: one that hangs on the cloud holds nobody up. (asyncio
+        holds a task only weakly, but what the task awaits refers to it, too.)"""
         fields = {}
         try:
             fields = read_object(payload) | {"car": car}
@@ -923,10 +923,10 @@ class Fog:
 
     async def claim(self, name, request):
         """Ask a station for a spot, in the car's name: its lease, or None for a no.
-        Raises asyncio.TimeoutError if it does not answer. Question and answer are both
-        messages; a future, which on_answer finds by the claim's id, joins them. Only
-        CLAIMS at a time (a semaphore, as a bulkhead). The others wait their turn, which
-        does not count as silence; what is known then tells whether to ask at all."""
+        Raises asyncio.TimeoutError if it does not answer. The answer is a message, too:
+        by the claim's id on_answer finds the future that is awaited here. Only CLAIMS
+        are on their way to one station (a semaphore, as a bulkhead); to wait for one's
+        turn does not count as silence, and by then the station may be full or away."""
         car = request["car"]
         async with self.turns[name]:
             state = self.states[name]

@@ -47,7 +47,7 @@ ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many c
 GUEST_WAIT = 10     # s for a guest's first question; without the key it has no more
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
-CREW = 32           # threads of a part that wait for others, so that it need not
+CREW = 32           # threads of a part that wait for other parts in its place
 
 
 # --- The key --------------------------------------------------------------------------
