@@ -489,9 +489,9 @@ def main():
     parser = argparse.ArgumentParser(description="The cloud of the charging city.")
     _, city = start_up(parser)
     tell = Story("cloud")
-    door = Door(*city.cloud, Lines, Cloud(city, tell).answer, tell)
-    tell("listens on {} port {}".format(*city.cloud))
     with until_stopped():
+        door = Door(*city.cloud, Lines, Cloud(city, tell).answer, tell)
+        tell("listens on {} port {}".format(*city.cloud))
         door.serve_forever()
 
 
