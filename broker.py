@@ -804,8 +804,8 @@ class Fog:
     # --- what cars say
 
     def on_request(self, car, payload):
-        """A task for each request: one that hangs on the cloud holds nobody up. (asyncio
-        holds a task only weakly, but what the task awaits refers to it, too.)"""
+        """A task for each request: one that hangs on the cloud holds nobody up. (The
+        loop holds a task only weakly, but what the task awaits refers to it, too.)"""
         fields = {}
         try:
             fields = read_object(payload) | {"car": car}

@@ -100,8 +100,8 @@ class Story:
 
 
 def start_up(parser):
-    """What every script begins with: options, log, signals, the key, servers.json.
-    Returns (the options, the City)."""
+    """What every script begins with: options, log, the key, servers.json. Returns (the
+    options, the City)."""
     if sys.stdout is None:              # it was closed before we began
         sys.stdout = open(os.devnull, "w")
     parser.add_argument("--config", metavar="FILE", default=SERVERS,
@@ -110,8 +110,6 @@ def start_up(parser):
     sys.stdout.reconfigure(errors="backslashreplace")   # a terminal may lack a letter
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     logging.raiseExceptions = False     # that nobody listens is no reason to stop
-    for stop in signal.SIGINT, signal.SIGTERM:
-        signal.signal(stop, signal.default_int_handler)
     threading.excepthook = lambda fault: crash(fault.exc_value)
     raise_file_limit()
     try:
@@ -167,6 +165,8 @@ def until_stopped():
     """Runs its block to the end, or until Ctrl-C or SIGTERM; then exit status 0, at
     once: no thread that still waits for a silent peer may keep us."""
     with suppress(KeyboardInterrupt):
+        for stop in signal.SIGINT, signal.SIGTERM:
+            signal.signal(stop, signal.default_int_handler)
         yield
     os._exit(0)
 
@@ -420,8 +420,8 @@ def outcome(reply: dict) -> str:
 
 
 def search(city, request, home, caller, tell):
-    """Walk the ring for a car, from the broker after its own: an offer or a refusal. Who
-    does not answer in time stands in `asked`, too; who is left out is not even asked."""
+    """Walk the ring for a car, from the broker after its own: an offer, or a refusal.
+    Who does not answer in time is in `asked`, too; who is left out is not asked."""
     request_id = request["id"]
     asked = []
     for broker, seconds in walk(home):
