@@ -779,9 +779,13 @@ class Fog:
         self.walkers = crew()
 
     def attach(self, mqtt):
+        """Each station is listened to by its name, as some servers (RabbitMQ) keep what
+        is retained from filters with wildcards."""
         self.mqtt = mqtt
         for topic in self.HEARS:
-            mqtt.subscribe_inside(f"{self.name}/{topic}", self)
+            for name in self.states if topic.startswith("stations") else "+":
+                heard = topic.replace("+", name)
+                mqtt.subscribe_inside(f"{self.name}/{heard}", self)
 
     def deliver(self, message, granted):
         """What a station or car says: HEARS has the handler for its topic. An invalid
@@ -791,7 +795,6 @@ class Fog:
             return 0        # these count when they are said, not when they are repeated
         try:
             if kind == "stations":
-                need(name in self.states, "not a station of this broker")
                 self.silent.answered(name)      # it speaks, so it is asked again
             self.HEARS[f"{kind}/+/{what}"](self, name, message.payload)
         except Invalid as fault:

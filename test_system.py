@@ -1375,7 +1375,6 @@ class TheFog(Simulation):
     INVALID = """
         cars/dan/request   | {"id": "d-1", "at": "A", "range": 5}
         stations/P1/state  | {"station": "P2", "spots":1, "free":1, "cars":{}, "life":1}
-        stations/P9/online | true
         stations/P1/online | 1
         stations/P1/online | {
         stations/P1/answer | {"id": "x", "car": "ann", "ok": true}
