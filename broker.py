@@ -59,7 +59,7 @@ from station import ANSWER, BOOLEAN, STATE, mqtt_client
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
 ACCEPTS = 8                 # new connections at a time, before `has_room` looks at them
-PAUSE = 0.001               # s after each KiB for who is behind: see Session.is_behind
+PAUSE = 0.001               # s that a publisher waits for each KiB to who is behind
 MOMENT = 1e-6               # s after a request: just so long that others have a turn
 BUDGET = 1024 * 1024        # bytes not yet sent to one client; bytes of all else for it
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
@@ -415,8 +415,9 @@ class Connection(asyncio.Protocol):
 
     def do_next(self):
         """One retained message or one packet; returns whether there was one. Retained
-        messages come first, so a station's mark comes back after its old state; but not
-        before OVERTAKES, nor if the client is behind: we must hear it to go on."""
+        messages come first, so a station's mark comes back after its old state. Only
+        OVERTAKES go before them, or any packet, if the client is behind: we must hear
+        it to go on."""
         if self.transport.is_closing():
             return False
         session = self.session
@@ -441,7 +442,7 @@ class Connection(asyncio.Protocol):
         if next(self.handout, False):
             return True
         self.handout = self.server.hand_out(self.session)
-        return self.session.wanted
+        return bool(self.session.wanted)
 
     # --- CONNECT, DISCONNECT, PINGREQ
 
@@ -671,8 +672,9 @@ class MqttServer:
         self.tree.remove(topic_filter, session)
 
     def hand_out(self, session):
-        """What is retained for new subscriptions, [MQTT-3.3.1-6] topic by topic: there
-        may be thousands, and in between others have their turn."""
+        """What is retained for new subscriptions [MQTT-3.3.1-6]: what the session has
+        wanted is begun, one topic at each `next`, so that in between others have their
+        turn. Who unsubscribes takes a filter out of either table."""
         session.begun = session.wanted
         session.wanted = {}
         filters = MQTTMatcher()
@@ -783,7 +785,7 @@ class Fog:
         is retained from filters with wildcards."""
         self.mqtt = mqtt
         for topic in self.HEARS:
-            for name in self.states if topic.startswith("stations") else "+":
+            for name in self.states if topic.startswith("stations") else ["+"]:
                 heard = topic.replace("+", name)
                 mqtt.subscribe_inside(f"{self.name}/{heard}", self)
 
@@ -865,7 +867,8 @@ class Fog:
 
     # --- the search
     #     in_time, search, reserve and claim are coroutines: where one awaits an answer
-    #     the loop does other things. What is awaited is cancelled when its time is up.
+    #     the loop does other things. When its time is up it is cancelled; a walker goes
+    #     on, and if it finds a spot, that ends by itself.
 
     async def serve(self, request):
         # It is counted as served here, round the ring, or not at all.

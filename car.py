@@ -102,7 +102,7 @@ class Car(Client):
 
     def ask(self):
         """Ask for a spot until there is a reply, which may be a refusal. To ask again
-        is harmless: the fog finds the spot that we have already."""
+        is harmless: a second spot, elsewhere, would end by itself."""
         # A new id, so that a late reply to an earlier request does not count.
         self.request_id = f"{self.name[:50]}-{random.randrange(1_000_000)}"
         self.reply = None
@@ -128,7 +128,7 @@ class Car(Client):
         self.offer = offer
         self.watched = f"{offer['broker']}/stations/{offer['station']}/state"
         self.shown = None
-        self.last_claim = monotonic()       # or the fog's, for the first one
+        self.last_claim = monotonic()       # the fog's counts as ours
         self.connect_to(self.city.ring[offer["broker"]])
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
@@ -221,7 +221,7 @@ class Car(Client):
 
     # --- its connection: to one broker at a time
     #     with a spot     to its station's broker, as long as the spot is not lost
-    #     without one     to that of the region; if it fails twice, to the next one
+    #     without one     to the region's; after two failures, or no reply, to the next
 
     def connect_to(self, broker):
         """Leave nothing behind at the old broker, and connect to another one. The empty

@@ -44,7 +44,7 @@ except ImportError:     # Windows does not count file descriptors
 KEY = os.environ.get("EV_KEY", "")  # set on every part, it closes every door
 LIMIT = 64 * 1024   # bytes of a line, an HTTP body, an MQTT packet
 ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many cars
-GUEST_WAIT = 10     # s for a guest's first question; without the key it has no more
+GUEST_WAIT = 10     # s for a guest's first question; without the key also its last
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
 CREW = 32           # threads of a part that wait for other parts in its place
@@ -79,7 +79,7 @@ class Story:
     def __init__(self, who):
         self.who = who
         self.events = collections.deque(maxlen=50)      # the latest lines
-        self.troubles = {}      # with whom: what was told of it last; see `trouble`
+        self.troubles = {}      # whom: the trouble told of last; "": none any more
 
     def __call__(self, *words):
         if words[0] in ("->", "<-"):    # then comes to whom, or because of whom
@@ -260,7 +260,7 @@ class Door(socketserver.ThreadingTCPServer):
             raise OSError("turned away: too many threads") from None
 
     def handle_error(self, request, client_address):
-        """A connection that breaks is told in a line; a bug shows its traceback."""
+        """A broken connection is told in a line, a bug by its traceback. We go on."""
         fault = sys.exc_info()[1]
         if isinstance(fault, OSError):
             self.tell("<-", client_address[0], str(fault))
@@ -303,9 +303,9 @@ class Lines(socketserver.StreamRequestHandler):
 #     it answers nonsense          it is alive: ask again, and tell what it said
 
 class Breaker:
-    """A circuit breaker: it leaves out whoever left a question unanswered, for 10 s,
-    then twice as long each time, at most 80 s, until it answers. It needs no lock: an
-    entry is replaced as a whole, and all who time out together write the same one."""
+    """A circuit breaker. It is open for whoever left a question unanswered, who is left
+    out for 10 s, then twice as long each time, at most 80 s, until it answers. It needs
+    no lock: an entry is replaced as a whole; of two threads the last one counts."""
     def __init__(self):
         # who: (left out until, for how many s the next time)
         self.silent = collections.defaultdict(lambda: (0.0, 10))
@@ -339,8 +339,8 @@ class Caller:
         try:
             answer = read_object(self.exchange(address, request, seconds))
         except TimeoutError:
-            # To be silent for less than half a second proves nothing. (The third of
-            # three hung brokers is given 3.5 - 1.5 - 1.5 s, minus a little.)
+            # A shorter silence proves nothing. (The third of three hung brokers has
+            # 3.5 - 1.5 - 1.5 s, minus a little: that still counts.)
             if seconds > 0.49:
                 self.breaker.failed(address)
             raise Invalid(f"no answer in {seconds:.1f} s") from None
@@ -361,9 +361,11 @@ class Caller:
         # That is harmless, as claims are idempotent. After a time-out we never do.
         with suppress(IndexError, ConnectionError):     # IndexError: none is kept
             return self.converse(address, self.kept[address].pop(), line, end)
+        # None was kept, or it was closed: open a new one.
         host, port = address
-        connection = socket.create_connection((resolve(host), port), seconds)
-        return self.converse(address, Patience(connection, seconds), line, end)
+        left = max(0.01, end - monotonic())
+        connection = socket.create_connection((resolve(host), port), left)
+        return self.converse(address, Patience(connection, left), line, end)
 
     def converse(self, address, connection, line, end):
         """It is kept if it answers; else it is closed, as nobody has it any more."""

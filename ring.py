@@ -6,8 +6,8 @@
 
 The ring is a circular linked list: each broker knows the next one, and the last one's
 next is the first. A broker without a free spot asks the next broker, then the one after
-that, until one says yes or the walk is back where it began. So nobody is missed, and
-nobody is asked twice.
+that, until one says yes or the walk is back where it began. So each is asked once, as
+long as there is time.
 
 The second chapter checks what others wrote: what a message must look like stands once,
 as data (its shape), and `fit` checks a message against it. The third one reads
@@ -27,7 +27,7 @@ from time import monotonic
 from typing import Callable, NamedTuple
 
 SERVERS = Path(__file__).with_name("servers.json")
-BROKER_WAIT = 1.5   # s for one broker's answer: its own stations may take 1 s of them
+BROKER_WAIT = 1.5   # s for one broker's answer; of these its stations may take 1 s
 WALK_WAIT = 3.5     # s for a whole walk
 
 
@@ -76,7 +76,8 @@ def walk(home):
 #                                and a field that the shape does not know is dropped
 
 class Invalid(ValueError):
-    """What somebody else wrote is not what it must be. The text says why."""
+    """What somebody else wrote is not what it must be, or nothing came. The text says
+    why."""
 
 
 class Kind(NamedTuple):

@@ -1,12 +1,12 @@
 """A charging station: it owns its spots, and nobody else does.
 
-        fog --claim----> STATION --answer: yes / no--> fog     the first claim for a car
+        fog --claim----> STATION --answer: yes / no--> fog     to reserve, for a car
         car --claim----> STATION        again and again, while it needs its spot
         car --leave----> STATION        it does not need it any more
                          STATION --state, online--> all        (retained)
 
 The life of a spot:   free --claim--> held --claim--> charging --leave--> free
-                                        +----15 s without a claim----------^
+                                        +--leave, or 15 s without a claim--^
 
 Every promise is a lease: it ends by itself unless it is claimed again. So nothing ever
 has to be undone, and to claim twice is harmless (idempotent). Its broker keeps what a
@@ -39,7 +39,7 @@ from ring import (COUNTER, NAME, SPOTS, Invalid, Kind, fit, one_of, printable,
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
 TURN = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
-FROZEN = 1          # s; if one such look takes longer, this process was frozen
+FROZEN = 1          # s between two looks: if longer, this process was frozen
 KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
 GOODBYE_WAIT = 1    # s for all stations or cars of a process to say goodbye
 
@@ -57,7 +57,8 @@ STATE = {"station": NAME, "spots": SPOTS, "free": COUNTER, "cars": {NAME: USE},
 # (`loop`). So a message is handled between two steps of that thread: no locks.
 
 def mqtt_client(client_id):
-    """A paho client as this city uses it: MQTT 3.1.1, and Nagle's algorithm off."""
+    """A paho client as this city uses it: MQTT 3.1.1, a clean session (so nothing is
+    kept for it while it is away), and Nagle's algorithm off."""
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
     client.on_socket_open = lambda client, data, sock: sock.setsockopt(
         socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or messages wait 40 ms for an ACK
@@ -87,7 +88,7 @@ class Client:
         self.tell = Story(name)
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
-        self.failures = 0       # since a broker has last let us in
+        self.failures = 0       # in a row, at this broker
         self.last_look = monotonic()
         self.inbox = []         # (topic, message) that have come in in paho's `loop`
 
@@ -256,7 +257,8 @@ class Station(Client):
     # --- what it hears: claims and leaves
 
     def hear(self, topic, message):
-        """Retained messages are old: only our own state counts, as our memory."""
+        """What is retained was said before we listened: of that only our own state
+        counts, as our memory."""
         match topic.split("/"):
             case [_, "cars", car, "claim", _] if not message.retain:
                 claim = fit(CLAIM, read_object(message.payload), "claim")
@@ -303,7 +305,7 @@ class Station(Client):
 
     def end_leases(self):
         """Who is not heard of for a lease loses its spot: no dead car can block it for
-        ever. While we heard nobody, nobody could claim: that time does not count."""
+        ever. After a time when nobody could be heard all leases begin anew."""
         for car, spot in list(self.cars.items()):
             began = max(spot.claimed, self.hears_since)
             if began + self.lease <= self.last_look:
