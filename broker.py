@@ -290,7 +290,7 @@ class Session:
         self.wanted = {}            # filter: QoS; their retained messages are to come,
         self.begun = {}             # and those of these are coming now
 
-    def free(self):
+    def room_left(self):
         """What is left of its room, in bytes."""
         return self.room - self.unacked_bytes - OVERHEAD * len(self.received)
 
@@ -334,10 +334,10 @@ class Session:
     def keep_to_budget(self):
         """A connected client is dropped, an absent one loses its oldest messages."""
         if self.connection:
-            if self.free() < 0:
+            if self.room_left() < 0:
                 self.connection.drop("acknowledges or releases too little")
             return
-        while self.unacked and self.free() < LIMIT:     # room for its return
+        while self.unacked and self.room_left() < LIMIT:     # room for its return
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
@@ -657,7 +657,7 @@ class MqttServer:
         if topic_filter not in session.filters:
             levels = topic_filter.split("/")
             taken = len(topic_filter) + OVERHEAD * len(levels)  # nodes of the tree
-            if len(levels) > LEVELS or taken > session.free():
+            if len(levels) > LEVELS or taken > session.room_left():
                 return 0x80
             session.filters[topic_filter] = taken
             session.room -= taken
@@ -1343,7 +1343,7 @@ def on_loop_fault(loop, context):
         crash(fault)
 
 
-async def serve(names, city, external):
+async def run(names, city, external):
     """These brokers, all in this one loop, until somebody ends it. Their doors answer
     last: whoever comes in finds everything there."""
     asyncio.get_running_loop().set_exception_handler(on_loop_fault)
@@ -1370,7 +1370,7 @@ def main():
     names = choose_names(args, city.ring, "broker")
     with until_stopped():   # asyncio.run would cancel what the doors' threads wait for
         asyncio.new_event_loop().run_until_complete(
-            serve(names, city, args.external_mqtt))
+            run(names, city, args.external_mqtt))
 
 
 if __name__ == "__main__":

@@ -1702,7 +1702,7 @@ class TooMuch(unittest.IsolatedAsyncioTestCase):
         await self.goes_round()
         assert not bob.transport.is_closing()       # it gets all that was kept
         self.acknowledges(bob)
-        assert bob.session.free() == broker.BUDGET - 129    # its filter, of one level
+        assert bob.session.room_left() == broker.BUDGET - 129    # its filter, of one level
         for id in itertools.count(1):               # what it does not release counts
             bob.data_received(publish("x", b"", 2, id=id))
             if bob.transport.is_closing():
