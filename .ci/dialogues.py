@@ -1,4 +1,5 @@
 """Plays the README's dialogues: each command as it stands there, each line it promises.
+First it looks for each function and option that the README names.
 
     python3 .ci/dialogues.py      beside the scripts; needs paho-mqtt, curl, Mosquitto
 
@@ -8,12 +9,16 @@ order, and other lines between them (also where there is no "..."). What differs
 run to run (the clock, request ids, measured times) is not compared.
 """
 
+import functools
+import importlib
 import pathlib
 import re
 import subprocess
+import sys
 import time
 
-README = pathlib.Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
+HERE = pathlib.Path(__file__).parent.parent
+README = HERE.joinpath("README.md").read_text("utf-8")
 LOG = pathlib.Path("/tmp/city.log")
 DEADLINE = 30       # s for the lines that a command promises
 STARTED = 2         # s without a new line: then what was started has said all
@@ -36,6 +41,28 @@ def like(line):
     line = re.sub(r"\(range [\d.]+ km\)", "RANGE", line)
     line = re.sub(r" +[\d.]+ ms| [\d.]+ s: \d+ a second", " TIME", line)
     return line.rstrip()
+
+
+def check_names():
+    """In the tables of who decides what, and of where to look for an exercise."""
+    sys.path.insert(0, str(HERE))
+    text = section("Who decides what") + section("Exercises")
+    found = re.findall(r"`(\w+)\.py`(?: \||:) ((?:`[\w.]+`[^`|;]*)+)", text)
+    for module, names in found:
+        for name in re.findall(r"`([\w.]+)`", names):
+            functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    assert len(found) > 30, found
+
+
+def check_options():
+    known = {"--help"}
+    for script in sorted(HERE.glob("*.py")):
+        if script.name != "ring.py":
+            told = subprocess.run([sys.executable, script, "--help"], text=True,
+                                  capture_output=True, check=True).stdout
+            known |= {*re.findall("--[a-z][a-z-]*", told)}
+    listed = {*re.findall("--[a-z][a-z-]*", section("Command lines"))}
+    assert listed == known, listed ^ known
 
 
 class Terminal:
@@ -116,6 +143,8 @@ def play(set_up, end, stories, key=""):
 
 
 def main():
+    check_names()
+    check_options()
     set_up, *drills = blocks("Break it")
     [end] = re.findall(r"At the end of all:\s+`(.*)`", section("Break it"))
     [key] = blocks("The key")
