@@ -242,7 +242,7 @@ def may_publish(client_id: str, topic: str, brokers: set[str]) -> bool:
 class TopicTree(MQTTMatcher):
     """Who subscribes to what. Paho's matcher is a tree (a trie) of the filters' levels:
 
-        server1 -- cars -- + -- request       {fog: 1}
+        server1 -- cars -- + -- request       {fog: 0}
                      |     +--- claim -- P1   {P1: 1}
                      +-- car1 -- reply        {car1: 1}
 
@@ -323,7 +323,7 @@ class Session:
 
     def keep(self, packet_id, packet, answers):
         """It is sent again on the next connection if none of these has come."""
-        self.unacked[packet_id] = bytearray(packet), answers
+        self.unacked[packet_id] = packet, answers
         self.unacked_bytes += cost(packet)
         self.keep_to_budget()
 
@@ -346,9 +346,10 @@ class Session:
         self.connection = None
         self.wanted = self.begun | self.wanted
         self.keep_to_budget()
-        for packet, answers in self.unacked.values():
+        for packet_id, (packet, answers) in self.unacked.items():
             if PUBCOMP not in answers:
-                packet[0] |= DUP
+                again = bytes([packet[0] | DUP]) + packet[1:]
+                self.unacked[packet_id] = again, answers
 
 
 class Connection(asyncio.Protocol):
@@ -369,7 +370,8 @@ class Connection(asyncio.Protocol):
         self.session = None         # from CONNECT on
         self.will = None
         self.buffer = bytearray()   # what came in and is not handled yet
-        self.out = bytearray()      # what goes out when the loop comes round
+        self.out = []               # what goes out when the loop comes round: packets,
+        self.waiting = 0            # shared with other clients; and how many bytes
         self.handout = iter(())     # of retained messages, for what its session wants
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
         self.deadline = monotonic() + CONNECT_WAIT
@@ -562,16 +564,18 @@ class Connection(asyncio.Protocol):
         (call_soon): a call for each packet would take most of our time."""
         if not self.out:
             self.server.loop.call_soon(self.flush)
-        self.out += packet
-        if len(self.out) > LIMIT:
+        self.out.append(packet)
+        self.waiting += len(packet)
+        if self.waiting > LIMIT:
             self.flush()
 
     def flush(self):
         if self.out and not self.transport.is_closing():
-            self.transport.write(bytes(self.out))
+            self.transport.write(b"".join(self.out))
             if self.transport.get_write_buffer_size() > BUDGET:
                 self.drop("reads too slowly")
         self.out.clear()
+        self.waiting = 0
 
     def drop(self, why):
         """Called while a message goes to many: from now on nothing goes to this client,
@@ -866,9 +870,8 @@ class Fog:
         return self.online.get(name, False) and not self.silent.is_open(name)
 
     # --- the search
-    #     in_time, search, reserve and claim are coroutines: where one awaits an answer
-    #     the loop does other things. When its time is up it is cancelled; a walker goes
-    #     on, and if it finds a spot, that ends by itself.
+    #     in_time, search, reserve and claim are coroutines: the loop does other things
+    #     where they wait, and cancels them when their time is up. (A walker goes on.)
 
     async def serve(self, request):
         # It is counted as served here, round the ring, or not at all.
@@ -974,7 +977,8 @@ class Fog:
             name = state["station"]
             cars = state["cars"].copy()
             del cars[car]
-            self.states[name] = state | {"free": state["free"] + 1, "cars": cars}
+            free = min(state["spots"], state["free"] + 1)
+            self.states[name] = state | {"free": free, "cars": cars}
             self.send(f"cars/{car}/leave/{name}", {})
         return had
 

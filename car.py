@@ -104,7 +104,8 @@ class Car(Client):
         """Ask for a spot until there is a reply, which may be a refusal. To ask again
         is harmless: a second spot, elsewhere, would end by itself."""
         # A new id, so that a late reply to an earlier request does not count.
-        self.request_id = f"{self.name[:50]}-{random.randrange(1_000_000)}"
+        number = random.randrange(1_000_000)
+        self.request_id = f"{self.name[:50]}-{number}"
         self.reply = None
         self.become("asking")
         self.say_request()
@@ -206,7 +207,7 @@ class Car(Client):
             self.tell("->", self.offer["station"], self.request_id,
                       "could not be claimed for a lease: the spot is lost")
             self.offer = None
-            self.shown = None
+            self.shown = None       # so this moment does not charge us any more
         elif since > interval:
             self.claim()
 

@@ -303,20 +303,21 @@ class Lines(socketserver.StreamRequestHandler):
 #     it answers nonsense          it is alive: ask again, and tell what it said
 
 class Breaker:
-    """A circuit breaker. It is open for whoever left a question unanswered, who is left
-    out for 10 s, then twice as long each time, at most 80 s, until it answers. It needs
-    no lock: an entry is replaced as a whole; of two threads the last one counts."""
+    """A circuit breaker, open for whoever left a question unanswered: for 10 s, then
+    twice as long each time, at most 80 s, until it answers. It needs no lock: all who
+    time out together replace an entry, as a whole, by the same one."""
+    NEVER = 0.0, 10         # left out until then, and the next time for so many s
+
     def __init__(self):
-        # who: (left out until, for how many s the next time)
-        self.silent = collections.defaultdict(lambda: (0.0, 10))
+        self.silent = {}    # who: the same two
 
     def is_open(self, who):
-        until, _ = self.silent[who]
+        until, _ = self.silent.get(who, self.NEVER)
         return monotonic() < until
 
     def failed(self, who):
         now = monotonic()
-        until, pause = self.silent[who]
+        until, pause = self.silent.get(who, self.NEVER)
         if now >= until:
             self.silent[who] = now + pause, min(2 * pause, 80)
 

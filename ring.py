@@ -6,8 +6,7 @@
 
 The ring is a circular linked list: each broker knows the next one, and the last one's
 next is the first. A broker without a free spot asks the next broker, then the one after
-that, until one says yes or the walk is back where it began. So each is asked once, as
-long as there is time.
+that, until one says yes, time is up, or the walk is back where it began.
 
 The second chapter checks what others wrote: what a message must look like stands once,
 as data (its shape), and `fit` checks a message against it. The third one reads
@@ -76,8 +75,7 @@ def walk(home):
 #                                and a field that the shape does not know is dropped
 
 class Invalid(ValueError):
-    """What somebody else wrote is not what it must be, or nothing came. The text says
-    why."""
+    """What came is not what it must be, or nothing came: the text says why."""
 
 
 class Kind(NamedTuple):
@@ -123,7 +121,7 @@ def read_json(text: bytes, pairs=None):
         return json.loads(str(text, "utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as fault:
         # Bad UTF-8, bad JSON, a number of 5,000 digits; or it is nested too deep.
-        raise Invalid(f"not JSON: {fault}") from None
+        raise Invalid(f"bad JSON: {fault}") from None
 
 
 def read_object(text: bytes) -> dict:
@@ -223,8 +221,7 @@ class City:
             self.neighbours[a][b] = self.neighbours[b][a] = self.km(a, b)
 
     def km(self, a, b):
-        return math.dist(self.places[a]["at"],
-                         self.places[b]["at"])
+        return math.dist(self.places[a]["at"], self.places[b]["at"])
 
     def broker_of(self, place):
         return self.ring[self.places[place]["broker"]]
@@ -279,7 +276,7 @@ def check_city(data: dict):
     """What the shape of the file cannot say."""
     places = data["places"]
     brokers = [entry["name"] for entry in data["brokers"]]
-    need(places, "there are no places")
+    need(brokers and places, "there must be brokers and places")
     for name in brokers:
         need([*brokers, *places].count(name) == 1,
              f"{name} is given twice")
@@ -291,4 +288,4 @@ def check_city(data: dict):
     for road in data["roads"]:
         ends = places.keys() & road         # each of the map's places among them, once
         need(len(road) == len(ends) == 2,
-             f"a road must join two places: {road}")
+             f"a road must join two places of the map: {road}")

@@ -57,8 +57,7 @@ STATE = {"station": NAME, "spots": SPOTS, "free": COUNTER, "cars": {NAME: USE},
 # (`loop`). So a message is handled between two steps of that thread: no locks.
 
 def mqtt_client(client_id):
-    """A paho client as this city uses it: MQTT 3.1.1, a clean session (so nothing is
-    kept for it while it is away), and Nagle's algorithm off."""
+    """A paho client: MQTT 3.1.1, a clean session (nothing is kept in its absence)."""
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id)
     client.on_socket_open = lambda client, data, sock: sock.setsockopt(
         socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or messages wait 40 ms for an ACK
@@ -89,6 +88,7 @@ class Client:
         self.mqtt = None        # paho's client; None: not even a connection
         self.is_up = False      # has the broker let us in?
         self.failures = 0       # in a row, at this broker
+        self.next_try = 0.0     # on the monotonic clock, as the next one
         self.last_look = monotonic()
         self.inbox = []         # (topic, message) that have come in in paho's `loop`
 
@@ -97,6 +97,8 @@ class Client:
         An invalid message changes nothing. Returns the seconds since the last time."""
         if self.mqtt:
             self.work()
+        elif monotonic() < self.next_try:
+            sleep(TURN)
         else:
             self.connect()
         while self.inbox:
@@ -110,8 +112,6 @@ class Client:
         return self.last_look - before
 
     def connect(self):
-        if self.failures > 0:
-            sleep(RECONNECT)
         client = mqtt_client(self.name)
         client.will_set(*self.will(), qos=1, retain=True)
         # Called in `loop`: a topic that is not UTF-8 is a ValueError there.
@@ -143,6 +143,7 @@ class Client:
         self.mqtt = None
         self.is_up = False
         self.failures += 1
+        self.next_try = monotonic() + RECONNECT
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
     def publish(self, topic, value, qos=1, retain=False):
@@ -151,8 +152,7 @@ class Client:
             self.mqtt.publish(topic, to_json(value), qos, retain)
 
     def close(self):
-        """Say goodbye (so there is no will), a moment after the last message: what is
-        still on its way may be lost with the connection."""
+        """Say goodbye (so there is no will), but first let the last messages arrive."""
         if self.is_up:
             self.work()
         if self.mqtt:
@@ -160,6 +160,7 @@ class Client:
         self.mqtt = None
         self.is_up = False
         self.failures = 0
+        self.next_try = 0.0
 
 
 def live_until_stopped(parts):
@@ -257,8 +258,7 @@ class Station(Client):
     # --- what it hears: claims and leaves
 
     def hear(self, topic, message):
-        """What is retained was said before we listened: of that only our own state
-        counts, as our memory."""
+        """Of what is retained (said before we listened) only our own state counts."""
         match topic.split("/"):
             case [_, "cars", car, "claim", _] if not message.retain:
                 claim = fit(CLAIM, read_object(message.payload), "claim")
