@@ -60,7 +60,7 @@ CONNECT_WAIT = 10           # s in which a new connection must have sent its CON
 SLICE = 0.02                # s for one client's packets before it is the others' turn
 ACCEPTS = 8                 # new connections at a time, before `has_room` looks at them
 PAUSE = 0.001               # s that a publisher waits for each KiB to who is behind
-MOMENT = 1e-6               # s after a request: just so long that others have a turn
+MOMENT = 1e-6               # s of pause after a request, so that others get a turn
 BUDGET = 1024 * 1024        # bytes not yet sent to one client; bytes of all else for it
 OVERHEAD = 128              # bytes that each thing kept counts more than its own size
 LEVELS = 128                # of a topic or topic filter
@@ -370,8 +370,8 @@ class Connection(asyncio.Protocol):
         self.session = None         # from CONNECT on
         self.will = None
         self.buffer = bytearray()   # what came in and is not handled yet
-        self.out = []               # what goes out when the loop comes round: packets,
-        self.waiting = 0            # shared with other clients; and how many bytes
+        self.out = []               # packets that go out when the loop comes round,
+        self.waiting = 0            # and their bytes
         self.handout = iter(())     # of retained messages, for what its session wants
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
         self.deadline = monotonic() + CONNECT_WAIT
@@ -437,7 +437,7 @@ class Connection(asyncio.Protocol):
         return packet is not None
 
     def hand_one(self):
-        """One retained message. Returns whether there was one to look at now."""
+        """One retained message. Returns whether there may be more."""
         overtakes = self.buffer and self.buffer[0] in OVERTAKES
         if overtakes or self.session.is_behind():
             return False
@@ -578,8 +578,8 @@ class Connection(asyncio.Protocol):
         self.waiting = 0
 
     def drop(self, why):
-        """Called while a message goes to many: from now on nothing goes to this client,
-        but its will waits until all others have the message."""
+        """We may be in the middle of a publish: nothing goes to this client from now
+        on, but it is closed, and its will published, when all others have that."""
         self.server.loop.call_soon(self.close, why)
         self.transport.abort()
 
@@ -847,7 +847,7 @@ class Fog:
         answer = fit(ANSWER, read_object(payload), "answer")
         try:
             self.answers[name, answer["id"]].set_result(answer)
-        except (KeyError, asyncio.InvalidStateError):   # it has an answer, or no time
+        except (KeyError, asyncio.InvalidStateError):   # answered before, or too late
             self.tell("<-", name, answer["id"], "is too late: a lease ends by itself")
 
     def on_state(self, name, payload):
@@ -907,8 +907,8 @@ class Fog:
 
     async def reserve(self, request):
         """The nearest spot of our own stations, confirmed: an offer, or a refusal. One
-        station after the other is asked until one says yes. Most of them are not: our
-        table tells who is full or away. For two silent ones a car can wait."""
+        station after the other is asked until one says yes; our table tells whom to
+        pass over. After two silent ones we give up."""
         car = request["car"]
         near = self.city.within_range(request["at"], request["range"])
         ours = [name for name in near if name in self.states]

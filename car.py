@@ -114,7 +114,7 @@ class Car(Client):
             if self.is_up and monotonic() > self.reply_due:
                 self.tell("<-", self.broker.name, self.request_id, "no reply")
                 self.turn_to_next_broker()
-                self.say_request()      # (this counts where there is no other broker)
+                self.say_request()      # (in a ring of one: at the same broker)
         return self.reply
 
     def wait(self, seconds):
@@ -129,7 +129,7 @@ class Car(Client):
         self.offer = offer
         self.watched = f"{offer['broker']}/stations/{offer['station']}/state"
         self.shown = None
-        self.last_claim = monotonic()       # the fog's counts as ours
+        self.last_claim = monotonic()       # the fog made it for us
         self.connect_to(self.city.ring[offer["broker"]])
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
@@ -185,7 +185,7 @@ class Car(Client):
             raise Stopped
         if self.offer:
             self.keep_spot()
-        elif self.failures > 1:     # a first one may be a broker that is just back
+        elif self.failures > 1:     # after one it may be back at the next try
             self.turn_to_next_broker()
         if monotonic() > self.last_news + NEWS:
             self.publish_state()

@@ -173,7 +173,7 @@ def until_stopped():
 
 def crew():
     """A pool of threads that all start now, so that none can be lacking later. (A pool
-    starts one only if no other is idle: so they all wait for each other first.)"""
+    starts one only if none is idle: the barrier keeps each busy until all run.)"""
     pool = concurrent.futures.ThreadPoolExecutor(CREW)
     barrier = threading.Barrier(CREW)
     for _ in range(CREW):
@@ -306,10 +306,10 @@ class Breaker:
     """A circuit breaker, open for whoever left a question unanswered: for 10 s, then
     twice as long each time, at most 80 s, until it answers. It needs no lock: all who
     time out together replace an entry, as a whole, by the same one."""
-    NEVER = 0.0, 10         # left out until then, and the next time for so many s
+    NEVER = 0.0, 10         # left out until then; s to be left out the next time
 
     def __init__(self):
-        self.silent = {}    # who: the same two
+        self.silent = {}    # who: such a pair
 
     def is_open(self, who):
         until, _ = self.silent.get(who, self.NEVER)
@@ -340,8 +340,8 @@ class Caller:
         try:
             answer = read_object(self.exchange(address, request, seconds))
         except TimeoutError:
-            # A shorter silence proves nothing. (The third of three hung brokers has
-            # 3.5 - 1.5 - 1.5 s, minus a little: that still counts.)
+            # A shorter silence proves nothing. (0.49, as the third of three hung
+            # brokers is given just under 3.5 - 1.5 - 1.5 s.)
             if seconds > 0.49:
                 self.breaker.failed(address)
             raise Invalid(f"no answer in {seconds:.1f} s") from None

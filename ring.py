@@ -103,14 +103,14 @@ def fit(shape, value, what: str):
     need(isinstance(value, dict), f"{what} must be an object")
     found = {}
     for field, inner in shape.items():
-        if isinstance(field, Kind):         # {NAME: USE}
+        if isinstance(field, Kind):         # {NAME: USE}; it stands alone
             return {fit(field, name, what): fit(inner, item, f"{what}.{name}")
                     for name, item in value.items()}
         name = field.rstrip("?")
         if name in value:
             found[name] = fit(inner, value[name], f"{what}.{name}")
         else:
-            need(name != field, f"{what}.{name} is missing")
+            need("?" in field, f"{what}.{name} is missing")
     return found
 
 

@@ -76,8 +76,8 @@ class Client:
 
     The connection never raises. While it is down, what is published is dropped, and
     `attend` tries to connect again. That is enough, as all that counts is said again
-    (soft state): each new connection begins with `greet`. Each has a paho client of its
-    own, so that nothing unsent of the last one comes back later.
+    (soft state): each new connection begins with `greet`. It is a new paho client, so
+    nothing unsent of the old one comes later.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
@@ -206,7 +206,7 @@ class Station(Client):
     def live(self):
         with suppress(Stopped):
             while not self.is_stopping:
-                if self.attend() > FROZEN:      # what was said meanwhile is yet to come
+                if self.attend() > FROZEN:      # claims sent meanwhile are yet unread
                     self.hears_since = self.last_look
                 elif self.is_up and self.is_serving:
                     self.end_leases()
@@ -286,8 +286,8 @@ class Station(Client):
     def take(self, car, use, request):
         """The whole rule: a car has at most one spot, and whoever claims it has it for
         one lease from now. Returns whether the car has one. Each change, and each
-        refusal, publishes our state, before the answer: whoever has the answer has the
-        state, and a car that was wrong about its spot sees there that it has none."""
+        refusal, publishes our state, before the answer: so whoever has the answer has
+        the state, and a car that has lost its spot sees it there."""
         old = self.cars.get(car, FREE)
         if request == "":
             request = old.request
@@ -343,7 +343,7 @@ def main():
     names = choose_names(args, city.stations(), "station")
     with until_stopped():
         live_until_stopped([Station(name, city, args.lease) for name in names])
-        give_up(f"{names[-1]} {TWICE}")     # all lives have ended by themselves
+        give_up(f"{names[-1]} {TWICE}")     # no Ctrl-C: each was started again
 
 
 if __name__ == "__main__":
