@@ -1667,10 +1667,11 @@ class TooMuch(Simulation):
         assert bob.closed(bad) == b""       # what it does not release counts
 
     def test_connections(self):
-        """Short of file descriptors a server refuses the newcomer."""
+        """Short of file descriptors a server refuses the newcomer: 32 are kept."""
         ann = self.joins("ann")
-        self.patch(broker, "has_room", lambda connection: False)
-        assert Wire().opens(self).is_over
+        few = mock.Mock(**{"getrlimit.return_value": (41, 99)})
+        self.patch(cloud_server, "resource", few)
+        assert Wire().opens(self).is_over           # as number 9
         ann.quiet()
 
     def test_filters(self):
