@@ -1810,7 +1810,7 @@ class Doors(Story):
         503 | POST /cars/bob/request | {"at": "A", "range": 3} | Retry-After: 5
         409 | POST /cars/bob/request | {"at": "A", "range": 0} | "out of range"
         400 | POST /cars/bob/request | {"at": "Z", "range": 0} | request.at must be
-        400 | POST /cars/a%2Fb/request | {"at": "A", "range": 3} | must be a name
+        400 | POST /cars/a%2Fb/request | {"at": "A", "range": 3, "car": "b"} | must be a
         400 | POST /cars/ann/request | Content-Length: 1         | bad JSON
         400 | POST /cars/ann/request | X: y; Content-Length: -1  | Content-Length must
         413 | POST /cars/x/request | Content-Length: 65537; Content-Length: 9999999 | at
