@@ -1882,14 +1882,15 @@ class Doors(Story):
 
     def test_page(self):
         """It needs nothing from outside; what others wrote stays text."""
-        self.begins(P1=1)
+        self.begins(P1=1, P3=1)
         page = self.city.http("GET /")
         self.assertIn("Content-Type: text/html; charset=utf-8", page)
         self.assertNotRegex(page, r"""(src|href|url)\W{0,3}(https?:)?//""")
         name = "<img src=x onerror=alert(1)>"
-        evil = self.city.raw("server1 mqtt", connect(name)).expect(WELCOME)
-        state = {"car": name, "at": "A", "battery": 5, "doing": "going"}
-        evil.publishes(f"server1/cars/{name}/state", json.dumps(state))
+        for to, doing in ("server2", "offline"), ("server1", "going"):  # it is alive
+            evil = self.city.raw(f"{to} mqtt", connect(name)).expect(WELCOME)
+            state = {"car": name, "at": "A", "battery": 5, "doing": doing}
+            evil.publishes(f"{to}/cars/{name}/state", json.dumps(state))
         self.assertEqual(self.city.get("GET /cars"), {name: state})
         self.city.request("ann")
         drawn = self.city.http("GET /map")
