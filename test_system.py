@@ -868,6 +868,7 @@ class Ring(Story):
         car.py --config city.json --at Z             | ""       | 'Z'
         car.py --config city.json a/b                | ""       | a/b
         car.py --config city.json P1                 | ""       | P1
+        car.py --config city.json server1            | ""       | server1
         test_system.py --config bad.json             | ""       | bad.json
         station.py                                   | "\udcff" | EV_KEY is not UTF-8
         car.py                                       | "\t "    | EV_KEY
@@ -891,7 +892,8 @@ class Ring(Story):
                 script, *options = words.split()
                 end = subprocess.run(
                     [sys.executable, HERE / script, *options], text=True, cwd=folder,
-                    capture_output=True, env=os.environ | {"EV_KEY": json.loads(key)})
+                    timeout=DEADLINE, capture_output=True,
+                    env=os.environ | {"EV_KEY": json.loads(key)})
                 self.assertEqual((end.returncode, end.stdout), (2, ""), words)
                 self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
 
