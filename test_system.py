@@ -1379,6 +1379,7 @@ class TheFog(Simulation):
         P1 waits 0.1
         assert len(self.ids) == 16
         P1 waits 2
+        assert len(self.ids) == 16              # the others need not wait for it, too
         assert self.fog.answers == {} and self.fog.room._value == 2_000
     * A request has its time; and beyond 2,000 it is told to wait at once | P1=2
         >>> self.submit = lambda *request: concurrent.futures.Future()  # nobody walks
