@@ -1898,7 +1898,8 @@ class Doors(Story):
         self.city.request("ann")
         drawn = self.city.http("GET /map")
         self.assertNotIn("<img", drawn)
-        for part in "&lt;img", "P1 ■ 0 ▄ 1 □ 0", "»", 'news="All parts answer"':
+        for part in ("&lt;img", "P1 ■ 0 ▄ 1 □ 0", "»", 'news="All parts answer"',
+                     'top: 12.0%; --own: hsl(375 70% 55%)"><b>P4'):     # at the top
             self.assertIn(part, drawn)
 
     def test_rush_hour_a_taken_port_and_nobody_who_listens(self):
