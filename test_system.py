@@ -1964,6 +1964,7 @@ class Drills(Story):
         zoe drives battery=5; says zoe-.*charging -> P1 dies
         server1 dies; comes_back -> P1 comes_back; shows zoe-charging
         P1 stop -> server1 says P1.*said.goodbye        # it needs no will
+        assert "P1 no answer" in self.city.http("GET /map")
     * A station is started twice: the older one ends, with one line | P1=1
         ann gets P1
         >>> self.city.cast["older"] = self.city.cast["P1"]
