@@ -1981,6 +1981,7 @@ class Drills(Story):
         server1 says connection.lost Success -> P3 shows offline -> cid gets nothing
         zoe drives; says full -> ann leaves -> P1 shows
         zoe says yes,.at.P1 zoe-.*charging
+        P1 dies; shows offline -> server1 dies; comes_back; says P1.*is.offline
     """
     STRIKES = """
         cloud P1 P2 P3 P4 P5 P6 | dies                          | comes_back
