@@ -1948,6 +1948,7 @@ class Drills(Story):
     STORIES = """
     * The next broker hangs, or is dead; and then the cloud | P1=1 P3=1 P5=4
         ann gets P1 -> bob gets P3 0 server1 server2
+        assert self.city.get("GET /status")["requests"]["ring"] == 1
         server2 dies; comes_back -> P3 shows bob-held -> bob gets P3 0 server1 server2
         server2 freezes -> cid gets P5 1.5 server1 server2 server3
         dan gets P5 0 server1 server3           # who was silent is left out
