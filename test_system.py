@@ -1927,6 +1927,8 @@ class Doors(Story):
         for key in "", "secret", ["s3cret"], "\ud800", "s3cret":
             answer = self.city.raw("cloud port").asks({"op": "city", "key": key})
             assert (answer == {"error": "key"}) == (key != "s3cret")
+        wrong = b'{"op": "city", "key": "secret"}\n'     # there is one try
+        assert self.city.raw("cloud port").closed(wrong * 2) == b'{"error": "key"}\n'
         for proof in basic("secret"), basic("", "s3cret"), "Bearer s3cret", "\xff":
             answer = self.city.http("GET /", "", f"Authorization: {proof}")
             self.assertRegex(answer, r"\AHTTP/1.0 401 [^\0]*WWW-Authenticate: Basic")
