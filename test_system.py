@@ -1868,6 +1868,11 @@ class Doors(Story):
         asker = guest()
         asker.asks({})
         guest().closed(b"{")        # which came later
+        few = mock.Mock(**{"getrlimit.return_value": (32, 99)})     # descriptors
+        self.patch(cloud_server, "resource", few)
+        guest().closed()
+        door.tell.assert_called_with("<-", "127.0.0.1",
+                                     "turned away: too many connections")
         self.assertEqual(asker.asks({}), {})
 
     def test_http(self):
