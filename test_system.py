@@ -1982,6 +1982,7 @@ class Drills(Story):
         P1 says serves:.0.of.1 serves:.0.of.1 -> bob gets nothing
     * A broker stops at work; and its station, which hung, after it | P1=1
         ann gets P1 -> P1 freezes -> ann leaves -> P1 shows    # as a courtesy
+        assert self.city.get("GET /stations/P1")["free"] == 1
         >>> for _ in range(20): self.city.raw("server1 tcp", Doors.LINE)
         server1 says x-1.asks; stop
     * Mosquitto in place of the MQTT server: it is killed, too | mosquitto=1 P1=1 P3=1
