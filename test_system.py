@@ -2031,7 +2031,7 @@ class Drills(Story):
             cars = [f"c{n}" for n in range(50)]
             replies = crowd.map(lambda car: self.city.request(car, "C", 1.5), cars)
             self.plays("ann gets P1 range=1.5 \n" * 9)
-        assert len([*replies]) == 50
+        assert [reply.asked for reply in replies] == 50 * [["server1", "server2"]]
         assert len(self.city.state("P3")) == 1
         self.plays("bob gets nothing at=C range=1.5 \n cloud thaws")
 
