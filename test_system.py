@@ -1270,6 +1270,7 @@ class TheStation(Simulation):
         P1 is_cut_off; has cid-charging; left another ann-held; says mark
         P1 is_cut_off; says mark about=online   # who was started later is the station
         assert self.parts["P1"].mqtt is None
+        assert str(self.parts["P1"].tell.events).count("is lost") == 2
         assert "server1/stations/P1/online" in self.server.retained
     """.replace("LONG", 201 * "n")
 
