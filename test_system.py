@@ -1401,6 +1401,7 @@ class TheFog(Simulation):
         assert self.fog.states["P1"]["free"] == 0 and self.reply["id"] is None
         bob tells request {"id":"b-1","at":"Z","range":5}; waits 1
         assert self.reply["id"] == "b-1" and "request.at" in self.reply["reason"]
+        assert "is invalid: request.at" in str(self.fog.tell.mock_calls)
         cid tells request {"id":5,"at":"A","range":5}; waits 1
         assert self.reply["id"] is None
         assert self.fog.deliver(broker.Message("server1/cars/b/request", b"{"), 1) > 0
