@@ -902,6 +902,21 @@ class Ring(Story):
         end = subprocess.run([sys.executable, "-c", bug], cwd=HERE, capture_output=True)
         assert end.returncode == 1 and b"KeyError: 'bug'" in end.stderr, end
 
+    def test_an_open_door_is_told_of(self):
+        for host, key, is_open in (("0.0.0.0", "", True), ("0.0.0.0", "s3cret", False),
+                                   ("127.0.0.1", "", False)):
+            self.patch(cloud_server, "KEY", key)
+            tell = mock.Mock()
+            with cloud_server.listening(host, 1, tell):
+                self.assertEqual(tell.called, is_open)
+
+    def test_the_city_is_asked_at_once(self):
+        """However many hang, that is one wait."""
+        cloud = cloud_server.Cloud(ring.City(describe(P1=1, P3=1, P5=1)), mock.Mock())
+        together = threading.Barrier(3)
+        cloud.caller.ask = lambda *question: together.wait(DEADLINE)
+        assert len(cloud.do_city()["brokers"]) == 3
+
     def test_left_out_for_longer_each_time_until_it_answers(self):
         self.has_clock(cloud_server)
         caller = cloud_server.Caller()
