@@ -1405,6 +1405,12 @@ class TheFog(Simulation):
         >>> self.fog.room = asyncio.Semaphore(0)
         ann finds full
         assert self.fog.requests == {"local": 1, "ring": 0, "refused": 2}
+        >>> self.fog.room = asyncio.Semaphore(1)
+        >>> self.fog.turns["P1"] = asyncio.Semaphore(0)     # nobody's turn comes
+        >>> self.fog.in_loop = self.loop.create_task
+        >>> self.task = self.fog.answer(Doors.QUESTION)     # it comes round the ring
+        P1 waits 1.4
+        assert self.task.result()["reason"] == "full"
     * What is invalid, or only repeated, changes nothing | P1=1
         dan repeats request {"id":"d-1","at":"A","range":5}; says about=reply
         P1 tells state {"station":"P2","spots":1,"free":1,"cars":{},"life":1}
