@@ -1325,11 +1325,13 @@ class TheCar(Simulation):
         server3 dies; waits 4; comes_back; waits 2; dies; waits 5; comes_back; waits 2
         server3 dies; waits 3; comes_back; waits 10
         zoe says request:E@0 claim:P6:held@0,7 claim:P6:charging@14,15,19 leave:P6@24
-    * A broker away for longer costs the spot: a lease after its last claim | P1=1 P6=1
+    * A broker away for longer costs the spot: a lease after its last claim | P2=1 P6=1
         P6 starts -> zoe drives at=E speed=0.1; waits 3
         server3 dies; waits 11 -> zoe is_at server3
         assert str(self.parts["zoe"].tell.events).count("no connection") == 1
         zoe waits 5; is_at server1
+        P2 starts lease=4 -> max drives at=P1 speed=0.1; waits 1
+        server1 dies; waits 7; comes_back; waits 9 -> max says request:P1@0 request:A@10
     * Without a spot it turns to the next broker | P1=1 P3=1 P6=1
         >>> self.fogs["server2"].deliver = lambda message, qos: 0
         P6 starts -> server1 dies
