@@ -402,6 +402,8 @@ class City(Stage):
     def erase(self):
         Part.show = None        # how they miss each other now tells nothing
         for part in self.cast.values():
+            part.process.terminate()
+        for part in self.cast.values():
             part.erase()
         for connection in self.connections:
             connection.close()
