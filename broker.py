@@ -48,10 +48,10 @@ from typing import NamedTuple
 
 from paho.mqtt.matcher import MQTTMatcher
 
-from cloud_server import (BACKLOG, KEY, LIMIT, TEXT, Breaker, Caller, Door, Lines,
-                          Story, choose_names, crash, crew, has_room, is_key, listening,
+from cloud_server import (BACKLOG, KEY, LIMIT, TEXT, Breaker, Door, Lines, Node, Story,
+                          choose_names, crash, has_room, is_key, listening,
                           mqtt_password, outcome, read_reply, read_request, refusal,
-                          search, start_up, until_stopped)
+                          start_up, until_stopped)
 from ring import (COUNTER, ID, NAME, PERCENT, Invalid, fit, need, one_of, read_json,
                   read_object, to_json)
 from station import ANSWER, BOOLEAN, STATE, mqtt_client
@@ -725,10 +725,10 @@ class MqttServer:
 #     on_request -> reply -> serve -> search -> reserve -> claim -> "claim" ---> station
 #                              |         |                   ^                      |
 #                              |         |               on_answer <--- "answer" ---+
-#                              |         +-> walk_ring: no spot here, who has one?
+#                              |         +-> ask_around: no spot here, who has one?
 #                              +-> a reply within 9 s, whatever else hangs
 #
-# All of it but walk_ring runs in the one loop. Between two awaits nobody else changes
+# All of it but ask_around runs in the one loop. Between two awaits nobody else changes
 # anything: that is all the locking there is. A search may be cancelled anywhere, as
 # there is nothing to undo: what nobody claims again is free after a lease.
 #
@@ -754,21 +754,20 @@ STATUS = {"broker": NAME, "cars": {NAME: CAR_STATE},
           "events": [TEXT]}
 
 
-class Fog:
+class Fog(Node):
     """A broker's table of stations and cars, and the search for a spot.
 
     The table is a copy (soft state): who owns a truth says it again, and what is missed
     is replaced by the next message. It tells which stations are worth asking; only the
     station itself can promise a spot.
 
-    Touched by the loop only; but what runs in other threads (walk_ring, and the last
-    section) uses what is made for that: the city, the caller and the story.
+    Touched by the loop only; but what runs in other threads (ask_around, and the last
+    section) uses only what a Node has for that.
     """
     def __init__(self, name, city, tell):
+        super().__init__(city, tell)
         self.loop = asyncio.get_running_loop()
         self.name = name
-        self.city = city
-        self.tell = tell
         stations = city.stations(name)
         self.online = {}                    # station: bool, what it said last
         self.states = {     # what each station said last; replaced as a whole, as a
@@ -781,8 +780,6 @@ class Fog:
         self.answers = {}                   # (station, claim id): a future, its answer
         self.requests = {"local": 0, "ring": 0, "refused": 0}
         self.room = asyncio.Semaphore(UNDER_WAY)
-        self.caller = Caller()              # for the cloud and the other brokers
-        self.walkers = crew()
 
     def attach(self, mqtt):
         """Each station is listened to by its name, as some servers (RabbitMQ) keep what
@@ -871,7 +868,7 @@ class Fog:
 
     # --- the search
     #     in_time, search, reserve and claim are coroutines: the loop does other things
-    #     where they wait, and cancels them when their time is up. (A walker goes on.)
+    #     where they wait, and cancels them when their time is up. (The crew goes on.)
 
     async def serve(self, request):
         # It is counted as served here, round the ring, or not at all.
@@ -901,7 +898,7 @@ class Fog:
         reply = await self.reserve(request)
         if reply.get("reason") == "full":
             reply = await self.loop.run_in_executor(
-                self.walkers, self.walk_ring, request)
+                self.crew, self.ask_around, request)
             reply["asked"].insert(0, self.name)
         return reply
 
@@ -955,8 +952,8 @@ class Fog:
             finally:
                 del self.answers[name, claim_id]
 
-    def walk_ring(self, request):
-        """In a thread: ask the cloud, or without it the others, with its `search`."""
+    def ask_around(self, request):
+        """In a thread: ask the cloud; without it walk the ring ourselves."""
         self.tell("->", "cloud", request["id"], "no spot here: who has one?")
         try:
             answer = self.caller.ask(self.city.cloud, request | {
@@ -964,8 +961,7 @@ class Fog:
             return read_reply(self.city, answer, request["id"])
         except Invalid as fault:
             self.tell("<-", "cloud", request["id"], f"{fault}: walks without it")
-        return search(self.city, request, self.city.ring[self.name], self.caller,
-                      self.tell)
+        return self.walk_ring(request, self.city.ring[self.name])
 
     # --- what the doors ask for, in the loop
 
@@ -997,7 +993,7 @@ class Fog:
 
     def answer(self, request):
         """Over TCP. Raises Invalid. For another broker's car we ask nobody else: one
-        walker is enough, and two could send each other round the ring for ever."""
+        walk is enough, and two could send each other round the ring for ever."""
         match request.get("op"):
             case "reserve":
                 request = read_request(self.city, request)
@@ -1074,7 +1070,7 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def answer(self, path):
         """(status, what is sent: HTML, or something that is sent as JSON)"""
-        fog = self.server.desk
+        fog = self.server.node
         match self.command, *path:
             case "GET", "":
                 return 200, PAGE
@@ -1284,7 +1280,7 @@ def draw_rows(brokers):
 #
 #     the main thread     runs the loop: all of MQTT, all tables, all searches
 #     two for each fog    accept guests for the doors; each guest has a thread, too
-#     32 for each fog     the walkers: they wait for the cloud and the other brokers
+#     32 for each fog     its crew: they wait for the cloud and the other brokers
 #     one for each fog    with --external-mqtt: paho's, which hands over to the loop
 
 class ExternalServer:
@@ -1355,8 +1351,7 @@ async def run(names, city, external):
         broker = city.ring[name]
         host, port = broker.address
         fog = Fog(name, city, Story(name))
-        doors = [Door(host, port, Lines, fog.answer, fog.tell),
-                 Door(host, broker.http, Http, fog, fog.tell)]
+        doors = [Door(host, port, Lines, fog), Door(host, broker.http, Http, fog)]
         await start_mqtt(broker, city, fog, external)
         for door in doors:              # a thread each, which waits for guests
             threading.Thread(target=door.serve_forever, daemon=True).start()

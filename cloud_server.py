@@ -6,7 +6,7 @@
 
 One JSON object per line, one thread per connection, and nothing that lasts: kill it,
 start it again, and nothing was lost. While it is away the brokers walk the ring by
-themselves, with this file's `search`.
+themselves (`Node.walk_ring`).
 
 All scripts share what stands before it: how a part starts, ends and tells its story; a
 TCP server that bad guests cannot hurt (`Door`, `Lines`); the client for it (`Caller`);
@@ -171,16 +171,6 @@ def until_stopped():
     os._exit(0)
 
 
-def crew():
-    """A pool of threads that all start now, so that none can be lacking later. (A pool
-    starts one only if none is idle: the barrier keeps each busy until all run.)"""
-    pool = concurrent.futures.ThreadPoolExecutor(CREW)
-    barrier = threading.Barrier(CREW)
-    for _ in range(CREW):
-        pool.submit(barrier.wait)
-    return pool
-
-
 # --- A TCP server that bad guests cannot hurt -----------------------------------------
 
 def resolve(host):
@@ -234,17 +224,15 @@ class Patience(socket.socket):
 
 class Door(socketserver.ThreadingTCPServer):
     """Serves whoever connects, one thread per connection, with `handler`. The threads
-    share nothing but `desk`, which must bear being asked by many at a time: for `Lines`
-    a function, request -> answer; for HTTP the fog node."""
+    share nothing but `node`, the cloud or a fog node, which many may ask at a time."""
     daemon_threads = True
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"    # on Windows two could share a port
 
-    def __init__(self, host, port, handler, desk, tell):
+    def __init__(self, host, port, handler, node):
         self.host = host
-        self.desk = desk
-        self.tell = tell
-        with listening(host, port, tell) as address:
+        self.node = node
+        with listening(host, port, node.tell) as address:
             if ":" in address:
                 self.address_family = socket.AF_INET6
             super().__init__((address, port), handler)
@@ -263,7 +251,7 @@ class Door(socketserver.ThreadingTCPServer):
         """A broken connection is told in a line, a bug by its traceback. We go on."""
         fault = sys.exc_info()[1]
         if isinstance(fault, OSError):
-            self.tell("<-", client_address[0], str(fault))
+            self.node.tell("<-", client_address[0], str(fault))
         else:
             super().handle_error(request, client_address)
 
@@ -285,11 +273,11 @@ class Lines(socketserver.StreamRequestHandler):
                 request = read_object(line)
                 need(is_key(request.get("key")), "key")
                 is_ours = True
-                answer = self.server.desk(request)
+                answer = self.server.node.answer(request)
                 wait = LINE_WAIT
             except Invalid as fault:
-                self.server.tell("<-", self.client_address[0],
-                                 f"invalid message: {fault}")
+                self.server.node.tell("<-", self.client_address[0],
+                                      f"invalid message: {fault}")
                 answer = {"error": str(fault)}
             self.wfile.write(to_json(answer) + b"\n")
             self.connection.end = monotonic() + wait
@@ -422,39 +410,52 @@ def outcome(reply: dict) -> str:
     return reply["reason"]
 
 
-def search(city, request, home, caller, tell):
-    """Walk the ring for a car, from the broker after its own: an offer, or a refusal.
-    Who does not answer in time is in `asked`, too; who is left out is not asked."""
-    request_id = request["id"]
-    asked = []
-    for broker, seconds in walk(home):
-        if caller.breaker.is_open(broker.address):
-            continue
-        asked.append(broker.name)
-        tell("->", broker.name, request_id, "a spot for", request["car"])
-        try:
-            answer = caller.ask(broker.address, {"op": "reserve"} | request, seconds)
-            reply = read_reply(city, answer, request_id)
-        except Invalid as fault:
-            tell("<-", broker.name, request_id, f"skipped: {fault}")
-            continue
-        tell("<-", broker.name, request_id, outcome(reply))
-        if reply["station"]:
-            return reply | {"asked": asked}
-    return refusal(request_id, "full", asked)
+# --- The cloud, and what a fog node has in common with it ----------------------------
+
+def crew():
+    """A pool of threads that all start now, so that none can be lacking later. (A pool
+    starts one only if none is idle: the barrier keeps each busy until all run.)"""
+    pool = concurrent.futures.ThreadPoolExecutor(CREW)
+    barrier = threading.Barrier(CREW)
+    for _ in range(CREW):
+        pool.submit(barrier.wait)
+    return pool
 
 
-# --- The cloud ------------------------------------------------------------------------
-
-class Cloud:
-    """Answers brokers, in a thread for each connection. They share the city, which
-    nobody changes, and what many may use at once: story, caller and pollsters."""
+class Node:
+    """Whoever can walk the ring for a car. Many threads use it at once: they share the
+    city, which nobody changes, and what is made for that: story, caller and crew."""
     def __init__(self, city, tell):
         self.city = city
         self.tell = tell
         self.caller = Caller()
-        self.pollsters = crew()
+        self.crew = crew()      # they wait for other parts
 
+    def walk_ring(self, request, home):
+        """From the broker after `home` on: an offer, or a refusal. Who does not answer
+        in time is in `asked`, too; who is left out is not asked."""
+        request_id = request["id"]
+        asked = []
+        for broker, seconds in walk(home):
+            if self.caller.breaker.is_open(broker.address):
+                continue
+            asked.append(broker.name)
+            self.tell("->", broker.name, request_id, "a spot for", request["car"])
+            try:
+                answer = self.caller.ask(
+                    broker.address, {"op": "reserve"} | request, seconds)
+                reply = read_reply(self.city, answer, request_id)
+            except Invalid as fault:
+                self.tell("<-", broker.name, request_id, f"skipped: {fault}")
+                continue
+            self.tell("<-", broker.name, request_id, outcome(reply))
+            if reply["station"]:
+                return reply | {"asked": asked}
+        return refusal(request_id, "full", asked)
+
+
+class Cloud(Node):
+    """Answers brokers, in a thread for each connection."""
     def answer(self, request):
         match request.get("op"):
             case "search":
@@ -470,11 +471,11 @@ class Cloud:
         self.tell("<-", home.name, request["id"], "wants a spot near", request["at"])
         if not self.city.within_range(request["at"], request["range"]):
             return refusal(request["id"], "out of range", [])
-        return search(self.city, request, home, self.caller, self.tell)
+        return self.walk_ring(request, home)
 
     def do_city(self):
         """What every broker says of itself, all asked at once; None: no answer."""
-        return {"brokers": dict(self.pollsters.map(
+        return {"brokers": dict(self.crew.map(
             self.ask_status, self.city.ring.values()))}
 
     def ask_status(self, broker):
@@ -493,7 +494,7 @@ def main():
     _, city = start_up(parser)
     tell = Story("cloud")
     with until_stopped():
-        door = Door(*city.cloud, Lines, Cloud(city, tell).answer, tell)
+        door = Door(*city.cloud, Lines, Cloud(city, tell))
         tell("listens on {} port {}".format(*city.cloud))
         door.serve_forever()
 

@@ -944,20 +944,18 @@ class Ring(Story):
         self.has_clock(cloud_server, ring)
         circle = ring.link([ring.Broker(f"b{n}", "localhost", 0, 0, n)
                             for n in range(1, 10)])
-        city = ring.City(describe(P1=1))
-        caller = cloud_server.Caller()
+        node = cloud_server.Node(ring.City(describe(P1=1)), mock.Mock())
 
         def exchange(address, question, seconds):
             self.clock.now += seconds
             if address[1] < 9:
                 raise TimeoutError
             return json.dumps(Shapes.GOOD["offer"]).encode()
-        caller.exchange = exchange
+        node.caller.exchange = exchange
         for asked, seconds in (("b2 b3 b4", 3.5), ("b5 b6 b7", 3.5), ("b2 b3 b4", 3.5),
                                ("b5 b6 b7", 3.5), ("b8 b9", 3)):
             began = self.clock.now
-            reply = cloud_server.search(city, Shapes.GOOD["request"], circle["b1"],
-                                        caller, mock.Mock())
+            reply = node.walk_ring(Shapes.GOOD["request"], circle["b1"])
             found = " ".join(reply["asked"]), self.clock.now - began
             self.assertEqual(found, (asked, seconds))
             self.clock.now += 5
@@ -1102,7 +1100,7 @@ class Simulation(Story):
         self.patch(station, "sleep", self.clock.wait)
         self.patch(station, "mqtt_client",
                    lambda name: Line(city=self, owner=name, inbox=[]))
-        self.patch(broker, "crew", lambda: self)
+        self.patch(cloud_server, "crew", lambda: self)
         self.clock.run(self.serve)
         self.clock.wait(0.1)
         self.fog = self.fogs["server1"]
@@ -1141,8 +1139,8 @@ class Simulation(Story):
         self.clock.wait(1)
         self.assertEqual(self.faults, [])
 
-    def submit(self, walk_ring, request):
-        """As the fog's walkers: nobody else has a spot."""
+    def submit(self, ask_around, request):
+        """As the fog's crew: nobody else has a spot."""
         found = concurrent.futures.Future()
         found.set_result(cloud_server.refusal(request["id"], "full", ["server2"]))
         return found
@@ -1883,8 +1881,8 @@ class Doors(Story):
     def test_who_has_asked_may_be_silent_for_longer(self):
         [port] = free_ports(1)
         self.patch(cloud_server, "GUEST_WAIT", 0.2)
-        door = cloud_server.Door("127.0.0.1", port, cloud_server.Lines,
-                                 lambda question: {}, mock.Mock())
+        node = mock.Mock(answer=lambda question: {})
+        door = cloud_server.Door("127.0.0.1", port, cloud_server.Lines, node)
         threading.Thread(target=door.serve_forever, daemon=True).start()
         self.addCleanup(door.server_close)
         self.addCleanup(door.shutdown)
@@ -1899,7 +1897,7 @@ class Doors(Story):
         few = mock.Mock(**{"getrlimit.return_value": (32, 99)})     # descriptors
         self.patch(cloud_server, "resource", few)
         guest().closed()
-        door.tell.assert_called_with("<-", "127.0.0.1",
+        node.tell.assert_called_with("<-", "127.0.0.1",
                                      "turned away: too many connections")
         self.assertEqual(asker.asks({}), {})
 
