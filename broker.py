@@ -786,7 +786,8 @@ class Fog(Node):
         is retained from filters with wildcards."""
         self.mqtt = mqtt
         for topic in self.HEARS:
-            for name in self.states if topic.startswith("stations") else ["+"]:
+            names = self.states if topic.startswith("stations") else ["+"]
+            for name in names:
                 heard = topic.replace("+", name)
                 mqtt.subscribe_inside(f"{self.name}/{heard}", self)
 
@@ -1040,13 +1041,12 @@ class Http(http.server.BaseHTTPRequestHandler):
 
     def do(self):
         """First who asks, then for what."""
-        levels = [urllib.parse.unquote(level)
-                  for level in self.path.split("?")[0].split("/")]
+        _, *levels = map(urllib.parse.unquote, self.path.split("?")[0].split("/"))
         try:
             self.check_host()
             if not is_key(self.password()):
                 return self.reply(401, {"error": "key"})
-            self.reply(*self.answer(levels[1:]))
+            self.reply(*self.answer(levels))
         except Invalid as fault:
             self.reply(400, {"error": str(fault)})
 
@@ -1109,9 +1109,11 @@ class Http(http.server.BaseHTTPRequestHandler):
         return status, reply | {"error": reply["reason"]}
 
     def reply(self, status, answer):
-        is_page = isinstance(answer, str)
-        kind = "text/html; charset=utf-8" if is_page else "application/json"
-        body = answer.encode(errors="replace") if is_page else to_json(answer)
+        kind = "application/json"
+        body = to_json(answer)
+        if isinstance(answer, str):
+            kind = "text/html; charset=utf-8"
+            body = answer.encode(errors="replace")
         self.send_response(status)
         if status == 401:
             self.send_header("WWW-Authenticate", 'Basic realm="city"')
