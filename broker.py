@@ -722,10 +722,10 @@ class MqttServer:
 # ===== 3. The fog node: what is near, free and alive ==================================
 # A request's way through this chapter:
 #
-#     on_request -> reply -> serve -> search -> reserve -> claim -> "claim" ---> station
-#                              |         |                   ^                      |
-#                              |         |               on_answer <--- "answer" ---+
-#                              |         +-> ask_around: no spot here, who has one?
+#   on_request -> reply -> find_spot -> search -> reserve -> claim -> "claim" --> station
+#                              |           |                   ^                     |
+#                              |           |               on_answer <-- "answer" ---+
+#                              |           +-> ask_around: no spot here, who has one?
 #                              +-> a reply within 9 s, whatever else hangs
 #
 # All of it but ask_around runs in the one loop. Between two awaits nobody else changes
@@ -775,11 +775,11 @@ class Fog(Node):
             station: {"station": station, "spots": city.places[station]["spots"],
                       "free": 0, "cars": {}, "life": 0} for station in stations}
         self.turns = {station: asyncio.Semaphore(CLAIMS) for station in stations}
-        self.silent = Breaker()             # for stations
+        self.breaker = Breaker()             # for stations
         self.cars = {}                      # what each car said last, the latest last
-        self.answers = {}                   # (station, claim id): a future, its answer
+        self.awaited = {}                   # (station, claim id): a future, its answer
         self.requests = {"local": 0, "ring": 0, "refused": 0}
-        self.room = asyncio.Semaphore(UNDER_WAY)
+        self.capacity = asyncio.Semaphore(UNDER_WAY)
 
     def attach(self, mqtt):
         """Each station is listened to by its name, as some servers (RabbitMQ) keep what
@@ -799,7 +799,7 @@ class Fog(Node):
             return 0        # these count when they are said, not when they are repeated
         try:
             if kind == "stations":
-                self.silent.answered(name)      # it speaks, so it is asked again
+                self.breaker.answered(name)      # it speaks, so it is asked again
             self.HEARS[f"{kind}/+/{what}"](self, name, message.payload)
         except Invalid as fault:
             self.tell("<-", name, what, f"is invalid: {fault}")
@@ -824,7 +824,7 @@ class Fog(Node):
             raise
 
     async def reply(self, request):
-        self.send(f"cars/{request['car']}/reply", await self.serve(request))
+        self.send(f"cars/{request['car']}/reply", await self.find_spot(request))
 
     def on_car_state(self, car, payload):
         """For people to see. The search does not need it: a request says all."""
@@ -844,7 +844,7 @@ class Fog(Node):
         undo: a spot that nobody claims again is free after a lease."""
         answer = fit(ANSWER, read_object(payload), "answer")
         try:
-            self.answers[name, answer["id"]].set_result(answer)
+            self.awaited[name, answer["id"]].set_result(answer)
         except (KeyError, asyncio.InvalidStateError):   # answered before, or too late
             self.tell("<-", name, answer["id"], "is too late: a lease ends by itself")
 
@@ -865,13 +865,13 @@ class Fog(Node):
 
     def is_online(self, name):
         """Its last word (or last will) said so, and it is not left out as silent."""
-        return self.online.get(name, False) and not self.silent.is_open(name)
+        return self.online.get(name, False) and not self.breaker.is_open(name)
 
     # --- the search
     #     in_time, search, reserve and claim are coroutines: the loop does other things
     #     where they wait, and cancels them when their time is up. (The crew goes on.)
 
-    async def serve(self, request):
+    async def find_spot(self, request):
         # It is counted as served here, round the ring, or not at all.
         reply = await self.in_time(REQUEST_WAIT, request["car"], self.search, request)
         where = "refused"
@@ -886,8 +886,8 @@ class Fog(Node):
         one is refused at once (load shedding)."""
         self.tell("<-", who, request["id"], "asks for a spot at", request["at"])
         reply = refusal(request["id"], "full", [self.name])
-        if not self.room.locked():
-            async with self.room:
+        if not self.capacity.locked():
+            async with self.capacity:
                 with suppress(asyncio.TimeoutError):        # then it stays "full"
                     reply = await asyncio.wait_for(find(request), seconds)
         self.tell("->", who, request["id"], outcome(reply))
@@ -913,13 +913,13 @@ class Fog(Node):
         # First the one that keeps a spot for this car already (False < True); sort()
         # leaves the others in their order, by distance.
         ours.sort(key=lambda name: car not in self.states[name]["cars"])
-        silent = 0
+        unanswered = 0
         for name in ours:
             try:
                 lease = await self.claim(name, request)
             except asyncio.TimeoutError:
-                silent += 1
-                if silent == SILENT_STATIONS:
+                unanswered += 1
+                if unanswered == SILENT_STATIONS:
                     break
                 continue
             if lease:
@@ -941,17 +941,17 @@ class Fog(Node):
             if is_full or not self.is_online(name):
                 return None
             claim_id = f"{request['id']}@{self.name}-{secrets.token_hex(8)}"
-            future = self.answers[name, claim_id] = self.loop.create_future()
+            future = self.awaited[name, claim_id] = self.loop.create_future()
             self.send(f"cars/{car}/claim/{name}", {"use": "held", "id": claim_id})
             try:
                 answer = await asyncio.wait_for(future, STATION_WAIT)
                 return answer.get("lease") if answer["ok"] else None
             except asyncio.TimeoutError:
-                self.silent.failed(name)
+                self.breaker.failed(name)
                 self.tell("<-", name, request["id"], "no answer: left out for a while")
                 raise
             finally:
-                del self.answers[name, claim_id]
+                del self.awaited[name, claim_id]
 
     def ask_around(self, request):
         """In a thread: ask the cloud; without it walk the ring ourselves."""
@@ -1045,10 +1045,10 @@ class Http(http.server.BaseHTTPRequestHandler):
         try:
             self.check_host()
             if not is_key(self.password()):
-                return self.reply(401, {"error": "key"})
-            self.reply(*self.answer(levels))
+                return self.respond(401, {"error": "key"})
+            self.respond(*self.answer(levels))
         except Invalid as fault:
-            self.reply(400, {"error": str(fault)})
+            self.respond(400, {"error": str(fault)})
 
     do_GET = do_POST = do_DELETE = do
 
@@ -1069,7 +1069,7 @@ class Http(http.server.BaseHTTPRequestHandler):
             return base64.b64decode(code).decode().partition(":")[2]
 
     def answer(self, path):
-        """(status, what is sent: HTML, or something that is sent as JSON)"""
+        """(code, what is sent: HTML, or something that is sent as JSON)"""
         fog = self.server.node
         match self.command, *path:
             case "GET", "":
@@ -1102,22 +1102,22 @@ class Http(http.server.BaseHTTPRequestHandler):
             return 413, {"error": f"the body must be at most {LIMIT} bytes"}
         own = {"id": f"http-{secrets.token_hex(8)}"}        # unless it brings one
         fields = own | read_object(self.rfile.read(int(length))) | {"car": car}
-        reply = fog.in_loop(fog.serve(read_request(fog.city, fields)))
+        reply = fog.in_loop(fog.find_spot(read_request(fog.city, fields)))
         if reply["station"]:
             return 200, reply
-        status = 503 if reply["reason"] == "full" else 409
-        return status, reply | {"error": reply["reason"]}
+        code = 503 if reply["reason"] == "full" else 409
+        return code, reply | {"error": reply["reason"]}
 
-    def reply(self, status, answer):
+    def respond(self, code, answer):
         kind = "application/json"
         body = to_json(answer)
         if isinstance(answer, str):
             kind = "text/html; charset=utf-8"
             body = answer.encode(errors="replace")
-        self.send_response(status)
-        if status == 401:
+        self.send_response(code)
+        if code == 401:
             self.send_header("WWW-Authenticate", 'Basic realm="city"')
-        if status == 503:
+        if code == 503:
             self.send_header("Retry-After", answer["retry"])
         if body:
             self.send_header("Content-Type", kind)

@@ -297,20 +297,20 @@ class Breaker:
     NEVER = 0.0, 10         # left out until then; s to be left out the next time
 
     def __init__(self):
-        self.silent = {}    # who: such a pair
+        self.left_out = {}    # who: such a pair
 
     def is_open(self, who):
-        until, _ = self.silent.get(who, self.NEVER)
+        until, _ = self.left_out.get(who, self.NEVER)
         return monotonic() < until
 
     def failed(self, who):
         now = monotonic()
-        until, pause = self.silent.get(who, self.NEVER)
+        until, seconds = self.left_out.get(who, self.NEVER)
         if now >= until:
-            self.silent[who] = now + pause, min(2 * pause, 80)
+            self.left_out[who] = now + seconds, min(2 * seconds, 80)
 
     def answered(self, who):
-        self.silent.pop(who, None)
+        self.left_out.pop(who, None)
 
 
 class Caller:

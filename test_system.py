@@ -1403,16 +1403,16 @@ class TheFog(Simulation):
         assert len(self.ids) == 16
         P1 waits 2
         assert len(self.ids) == 16              # the others need not wait for it, too
-        assert self.fog.answers == {} and self.fog.room._value == 2_000
+        assert self.fog.awaited == {} and self.fog.capacity._value == 2_000
     * A request has its time; and beyond 2,000 it is told to wait at once | P1=2
         >>> self.submit = lambda *request: concurrent.futures.Future()  # nobody walks
         ann finds full after=8.7 -> P1 starts
-        >>> self.fog.room = asyncio.Semaphore(1)
+        >>> self.fog.capacity = asyncio.Semaphore(1)
         ann finds P1 P1
-        >>> self.fog.room = asyncio.Semaphore(0)
+        >>> self.fog.capacity = asyncio.Semaphore(0)
         ann finds full
         assert self.fog.requests == {"local": 1, "ring": 0, "refused": 2}
-        >>> self.fog.room = asyncio.Semaphore(1)
+        >>> self.fog.capacity = asyncio.Semaphore(1)
         >>> self.fog.turns["P1"] = asyncio.Semaphore(0)     # nobody's turn comes
         >>> self.fog.in_loop = self.loop.create_task
         >>> self.task = self.fog.answer(Doors.QUESTION)     # it comes round the ring
