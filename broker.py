@@ -917,15 +917,14 @@ class Fog(Node):
         for name in ours:
             try:
                 lease = await self.claim(name, request)
+                if lease:
+                    return {"id": request["id"], "station": name, "broker": self.name,
+                            "route": near[name].route, "km": round(near[name].km, 3),
+                            "lease": lease, "asked": [self.name]}
             except asyncio.TimeoutError:
                 unanswered += 1
                 if unanswered == SILENT_STATIONS:
                     break
-                continue
-            if lease:
-                return {"id": request["id"], "station": name, "broker": self.name,
-                        "route": near[name].route, "km": round(near[name].km, 3),
-                        "lease": lease, "asked": [self.name]}
         return refusal(request["id"], "full" if near else "out of range", [self.name])
 
     async def claim(self, name, request):
