@@ -722,9 +722,9 @@ class MqttServer:
 # ===== 3. The fog node: what is near, free and alive ==================================
 # A request's way through this chapter:
 #
-#   on_request -> reply -> find_spot -> search -> reserve -> claim -> "claim" --> station
-#                              |           |                   ^                     |
-#                              |           |               on_answer <-- "answer" ---+
+#   on_request -> reply -> find_spot -> search -> reserve -> claim -> "claim" -> station
+#                              |           |                   ^                    |
+#                              |           |               on_answer <-- "answer" --+
 #                              |           +-> ask_around: no spot here, who has one?
 #                              +-> a reply within 9 s, whatever else hangs
 #
@@ -811,8 +811,8 @@ class Fog(Node):
     # --- what cars say
 
     def on_request(self, car, payload):
-        """A task for each request: one that hangs on the cloud holds nobody up. (The
-        loop holds a task only weakly, but what the task awaits refers to it, too.)"""
+        """A task for each request: one that hangs on the cloud holds nobody up. (That
+        we do not keep it is safe: what a task waits for keeps it alive.)"""
         fields = {}
         try:
             fields = read_object(payload) | {"car": car}
@@ -966,8 +966,8 @@ class Fog(Node):
     # --- what the doors ask for, in the loop
 
     async def give_back(self, car):
-        """Give the car's spots here back, if there are any. They count as free at once,
-        before the station says so itself."""
+        """Give back the spots that the car has here. They count as free at once, before
+        the station says so itself. Returns whether it had any (the states of them)."""
         had = [state for state in self.states.values() if car in state["cars"]]
         for state in had:
             name = state["station"]
@@ -1033,8 +1033,8 @@ class Fog(Node):
 
 class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
-    It speaks HTTP/1.0, one request per connection: nothing can hide behind another. The
-    two words at the top say what its own refusals look like."""
+    It speaks HTTP/1.0, one request per connection: nothing can hide behind another. Its
+    own refusals are JSON, too: hence the first two lines."""
     error_content_type = "application/json"
     error_message_format = '{"error": "%(explain)s"}'
 
@@ -1194,7 +1194,7 @@ def draw(city: dict) -> str:
     brokers = city["brokers"]       # their statuses; None: no answer
     alive = [status for status in brokers.values() if status]
     lines = [line for status in alive for line in reversed(status["events"])]
-    # They tell no day: around midnight the order is wrong for a while.
+    # Lines have a time but no date: just after midnight their order is wrong.
     lines.sort(key=lambda line: line[:8], reverse=True)
     lost = [name for name in brokers if not brokers[name]]
     if not city["cloud"]:

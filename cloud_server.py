@@ -44,7 +44,7 @@ except ImportError:     # Windows does not count file descriptors
 KEY = os.environ.get("EV_KEY", "")  # set on every part, it closes every door
 LIMIT = 64 * 1024   # bytes of a line, an HTTP body, an MQTT packet
 ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many cars
-GUEST_WAIT = 10     # s for a guest's first question; without the key also its last
+GUEST_WAIT = 10     # s for a guest's first question; a wrong key is its last one
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
 CREW = 32           # threads of a part that wait for other parts in its place
@@ -195,7 +195,7 @@ def listening(host, port, tell):
 
 
 def has_room(connection):
-    """A new descriptor gets the lowest free number, so it tells how many are left."""
+    """A new descriptor gets the lowest free number: is that far from the limit?"""
     if resource is None:
         return True
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -219,7 +219,7 @@ class Patience(socket.socket):
         self.settimeout(left)
         return super().recv_into(buffer)
 
-    __del__ = socket.socket.close       # when nobody refers to it any more
+    __del__ = socket.socket.close       # as soon as nobody refers to it any more
 
 
 class Door(socketserver.ThreadingTCPServer):
@@ -238,8 +238,8 @@ class Door(socketserver.ThreadingTCPServer):
             super().__init__((address, port), handler)
 
     def process_request(self, request, client_address):
-        """Turn a newcomer away rather than fail those who are being served: one process
-        has 2,000 threads. (What is raised here goes to handle_error.)"""
+        """Turn a newcomer away rather than fail those who are being served: a process
+        has at most 2,000 threads. (What is raised here goes to handle_error.)"""
         if not has_room(request) or threading.active_count() > 2000:
             raise OSError("turned away: too many connections")
         try:
@@ -248,7 +248,7 @@ class Door(socketserver.ThreadingTCPServer):
             raise OSError("turned away: too many threads") from None
 
     def handle_error(self, request, client_address):
-        """A broken connection is told in a line, a bug by its traceback. We go on."""
+        """One line for a broken connection, a traceback for a bug; then we go on."""
         fault = sys.exc_info()[1]
         if isinstance(fault, OSError):
             self.node.tell("<-", client_address[0], str(fault))
@@ -357,7 +357,8 @@ class Caller:
         return self.converse(address, Patience(connection, left), line, end)
 
     def converse(self, address, connection, line, end):
-        """It is kept if it answers; else it is closed, as nobody has it any more."""
+        """Keep the connection if it answers. If not, nobody refers to it any more, so
+        it is closed."""
         connection.end = end
         connection.sendall(line)
         answer = connection.makefile("rb").readline(ANSWER_LIMIT)
@@ -413,8 +414,8 @@ def outcome(reply: dict) -> str:
 # --- The cloud, and what a fog node has in common with it ----------------------------
 
 def crew():
-    """A pool of threads that all start now, so that none can be lacking later. (A pool
-    starts one only if none is idle: the barrier keeps each busy until all run.)"""
+    """A pool of threads that all start now: later the system may have none left. (A
+    pool starts one only if none is idle: the barrier keeps each busy until all run.)"""
     pool = concurrent.futures.ThreadPoolExecutor(CREW)
     barrier = threading.Barrier(CREW)
     for _ in range(CREW):
