@@ -89,8 +89,6 @@ PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
 # What may answer a PUBLISH of QoS 1 and 2
 ANSWERS = {1: (PUBACK,), 2: (PUBREC,)}
-# What is handled even while retained messages are being handed out to that client
-OVERTAKES = {PUBACK, PUBREC, PUBREL, PUBCOMP, PINGREQ}
 
 TOPIC = re.compile("[^+#]+", re.DOTALL)     # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
 FILTER = re.compile(r"""
@@ -417,13 +415,14 @@ class Connection(asyncio.Protocol):
 
     def do_next(self):
         """One retained message or one packet; returns whether there was one. Retained
-        messages come first, so a station's mark comes back after its old state. Only
-        OVERTAKES go before them, or any packet, if the client is behind: we must hear
-        it to go on."""
+        messages come first, so a station's mark comes back after its old state. But
+        they wait for a client that is behind: we must hear it to go on."""
         if self.transport.is_closing():
             return False
         session = self.session
-        if session and (session.wanted or session.begun) and self.hand_one():
+        if session and (session.wanted or session.begun) and not session.is_behind():
+            if not next(self.handout, False):
+                self.handout = self.server.hand_out(session)
             return True
         if not self.buffer:
             return False
@@ -435,16 +434,6 @@ class Connection(asyncio.Protocol):
         if packet:
             self.HANDLERS[first](self, packet)
         return packet is not None
-
-    def hand_one(self):
-        """One retained message. Returns whether there may be more."""
-        overtakes = self.buffer and self.buffer[0] in OVERTAKES
-        if overtakes or self.session.is_behind():
-            return False
-        if next(self.handout, False):
-            return True
-        self.handout = self.server.hand_out(self.session)
-        return bool(self.session.wanted)
 
     # --- CONNECT, DISCONNECT, PINGREQ
 

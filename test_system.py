@@ -1741,7 +1741,7 @@ class TooMuch(Simulation):
 
     def test_each_has_its_slice_of_time(self):
         """Many packets, or one expensive subscription: after 20 ms it is the others'
-        turn. A ping does not wait until all is handed out."""
+        turn."""
         ticks = itertools.count()       # each packet, or topic, takes 1 ms
         self.patch(broker, "monotonic", lambda: self.clock.now + next(ticks) / 1000)
         self.floods("a/{}", 100, 1, retain=True)
@@ -1752,10 +1752,9 @@ class TooMuch(Simulation):
         self.clock.wait(1)
         assert not eve.server.buffer and len(eve.came) == 100 * len(ack("PUBACK", 1))
         eve.server.data_received(subscribe("a/#"))
-        eve.server.data_received(PING)
+        assert eve.came.count(b"a/") < 30
         self.clock.wait(1)
-        assert eve.came.count(b"a/") == 100 and b"a/" in eve.came.split(PONG)[1]
-        assert eve.is_read
+        assert eve.came.count(b"a/") == 100 and eve.is_read
 
     def test_who_makes_work_waits(self):
         """A request, or a message to who has enough to do, ends the slice. Who is
