@@ -175,14 +175,7 @@ class Packet(io.BytesIO):
 #     bit    7      6          5            4 3         2      1       0
 #          | user | password | will retain | will QoS | will | clean | reserved |
 
-USER = 0b1000_0000
-PASSWORD = 0b0100_0000
-WILL_RETAIN = 0b0010_0000
-WILL_QOS = 0b0001_1000
-WILL = 0b0000_0100
-CLEAN = 0b0000_0010
-
-CONNECT_FLAGS = re.compile(r"""     # its bits, in that order, as text
+CONNECT_FLAGS = re.compile(r"""     # the bits, in that order, as text
     (1. | 00)                   # no password without a user [MQTT-3.1.2-22]
     (. (00|01|10) 1 | 0000)     # no QoS 3, nothing of no will [-11, -13 to -15]
     . 0                         # clean or not; reserved [MQTT-3.1.2-3]
@@ -440,18 +433,18 @@ class Connection(asyncio.Protocol):
     def do_connect(self, packet):
         need(packet.text() == "MQTT", "not MQTT")               # [MQTT-3.1.2-1]
         self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
-        flags = packet.number(1)
-        need(CONNECT_FLAGS.fullmatch(f"{flags:08b}"), "impossible flags")
+        bits = f"{packet.number(1):08b}"
+        need(CONNECT_FLAGS.fullmatch(bits), "impossible flags")
+        has_user, has_password, retain, high, low, has_will, clean, _ = map(int, bits)
         keepalive = packet.number() or float("inf")             # 0: there is none
         client_id = packet.text()
-        if flags & WILL:
-            qos = (flags & WILL_QOS) // 8
-            retain = bool(flags & WILL_RETAIN)
+        if has_will:
+            qos = 2 * high + low
             self.will = Message(packet.topic(), packet.data(), qos, retain)
-        user = packet.text() if flags & USER else ""
-        password = packet.data() if flags & PASSWORD else b""
+        user = packet.text() if has_user else ""
+        password = packet.data() if has_password else b""
         packet.end()
-        self.admit(client_id or flags & CLEAN, "no id for its session", 2)  # [-3.1.3-8]
+        self.admit(client_id or clean, "no id for its session", 2)  # [-3.1.3-8]
         self.admit(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
@@ -459,7 +452,7 @@ class Connection(asyncio.Protocol):
             self.admit(may_publish(client_id, self.will.topic, self.server.brokers),
                        "a will in another's name", 5)
         self.patience = 1.5 * keepalive     # s without a packet
-        self.server.open_session(self, client_id, flags & CLEAN)
+        self.server.open_session(self, client_id, clean)
 
     def admit(self, condition, why, code):
         """Who may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
