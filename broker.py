@@ -87,8 +87,8 @@ RETAIN = 0b0001
 # Byte 0 with them: there is no DUP with QoS 0, and no QoS 3. [MQTT-3.3.1-2], 4
 PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
-# What may answer a PUBLISH of QoS 1 and 2
-ANSWERS = {1: (PUBACK,), 2: (PUBREC,)}
+# What may answer a PUBLISH of QoS 1, one of QoS 2, a PUBREL
+ANSWERS = {0x32: (PUBACK,), 0x34: (PUBREC,), PUBREL: (PUBREC, PUBCOMP)}
 
 TOPIC = re.compile("[^+#]+", re.DOTALL)     # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
 FILTER = re.compile(r"""
@@ -274,8 +274,8 @@ class Session:
         self.connection = None      # while it is connected
         self.filters = {}           # topic filter: what it costs
         self.room = BUDGET          # in bytes, for all else that is kept
-        self.unacked = {}           # packet id: (packet, what may answer it), the
-        self.unacked_bytes = 0      # oldest first; and what they cost
+        self.unacked = {}           # packet id: packet, the oldest first;
+        self.unacked_bytes = 0      # and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
         self.last_id = 0
         self.wanted = {}            # filter: QoS; their retained messages are to come,
@@ -293,7 +293,7 @@ class Session:
         packet_id = self.next_id() if qos else 0
         packet = encode_publish(message, qos, packet_id)
         if qos:
-            self.keep(packet_id, packet, ANSWERS[qos])
+            self.keep(packet_id, packet)
         if self.connection:
             self.connection.send(packet)
             if self.is_behind():
@@ -312,15 +312,14 @@ class Session:
             if self.last_id not in self.unacked:
                 return self.last_id
 
-    def keep(self, packet_id, packet, answers):
-        """It is sent again on the next connection if none of these has come."""
-        self.unacked[packet_id] = packet, answers
+    def keep(self, packet_id, packet):
+        """It is sent again on the next connection if it is not acknowledged by then."""
+        self.unacked[packet_id] = packet
         self.unacked_bytes += cost(packet)
         self.keep_to_budget()
 
     def forget(self, packet_id):
-        packet, _ = self.unacked.pop(packet_id)
-        self.unacked_bytes -= cost(packet)
+        self.unacked_bytes -= cost(self.unacked.pop(packet_id))
 
     def keep_to_budget(self):
         """A connected client is dropped, an absent one loses its oldest messages."""
@@ -337,10 +336,9 @@ class Session:
         self.connection = None
         self.wanted = self.begun | self.wanted
         self.keep_to_budget()
-        for packet_id, (packet, answers) in self.unacked.items():
-            if PUBCOMP not in answers:
-                again = bytes([packet[0] | DUP]) + packet[1:]
-                self.unacked[packet_id] = again, answers
+        for packet_id, packet in self.unacked.items():
+            if packet[0] != PUBREL:
+                self.unacked[packet_id] = bytes([packet[0] | DUP]) + packet[1:]
 
 
 class Connection(asyncio.Protocol):
@@ -506,12 +504,12 @@ class Connection(asyncio.Protocol):
         packet.end()
         session = self.session
         if packet_id in session.unacked:    # if not, the handshake goes on all the same
-            _, answers = session.unacked[packet_id]
-            need(packet.first in answers, "the wrong acknowledgement")
+            sent = session.unacked[packet_id][0] & ~(DUP | RETAIN)
+            need(packet.first in ANSWERS[sent], "the wrong acknowledgement")
             session.forget(packet_id)
         if packet.first == PUBREC:
             pubrel = encode(PUBREL, pack(packet_id))
-            session.keep(packet_id, pubrel, (PUBREC, PUBCOMP))
+            session.keep(packet_id, pubrel)
             self.send(pubrel)                                   # [MQTT-4.3.3-1]
 
     # --- Subscriptions
@@ -612,7 +610,7 @@ class MqttServer:
         session.connection = connection
         connection.session = session
         connection.send(encode(CONNACK, bytes([is_resumed, 0])))    # [-3.2.2-1] to 3
-        for packet, _ in session.unacked.values():
+        for packet in session.unacked.values():
             connection.send(packet)
         self.tell("<-", client_id, "connects")
 
