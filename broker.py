@@ -87,8 +87,8 @@ RETAIN = 0b0001
 # Byte 0 with them: there is no DUP with QoS 0, and no QoS 3. [MQTT-3.3.1-2], 4
 PUBLISHES = bytes.fromhex("30 31 32 33 34 35 3A 3B 3C 3D")
 
-# What may answer a PUBLISH of QoS 1, one of QoS 2, a PUBREL
-ANSWERS = {0x32: (PUBACK,), 0x34: (PUBREC,), PUBREL: (PUBREC, PUBCOMP)}
+# By what they are acknowledged: a PUBLISH of QoS 1, one of QoS 2, a PUBREL
+ACKNOWLEDGED_BY = {0x32: (PUBACK,), 0x34: (PUBREC,), PUBREL: (PUBREC, PUBCOMP)}
 
 TOPIC = re.compile("[^+#]+", re.DOTALL)     # [MQTT-4.7.3-1], [MQTT-3.3.2-2]
 FILTER = re.compile(r"""
@@ -162,11 +162,11 @@ class Packet(io.BytesIO):
         while True:
             topic_filter = self.text()
             need(FILTER.fullmatch(topic_filter), "not a topic filter")
-            yield topic_filter      # meanwhile whoever asks reads its QoS
+            yield topic_filter      # before we go on, our caller reads its QoS
             if self.tell() == len(self.getbuffer()):
                 return
 
-    def end(self):
+    def must_end(self):
         need(not self.read(), "bytes left over")
 
 
@@ -273,7 +273,7 @@ class Session:
         self.clean = clean
         self.connection = None      # while it is connected
         self.filters = {}           # topic filter: what it costs
-        self.room = BUDGET          # in bytes, for all else that is kept
+        self.budget = BUDGET        # in bytes, for all that is kept but filters
         self.unacked = {}           # packet id: packet, the oldest first;
         self.unacked_bytes = 0      # and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
@@ -281,9 +281,9 @@ class Session:
         self.wanted = {}            # filter: QoS; their retained messages are to come,
         self.begun = {}             # and those of these are coming now
 
-    def room_left(self):
-        """What is left of its room, in bytes."""
-        return self.room - self.unacked_bytes - OVERHEAD * len(self.received)
+    def budget_left(self):
+        """What is left of its budget, in bytes."""
+        return self.budget - self.unacked_bytes - OVERHEAD * len(self.received)
 
     def deliver(self, message, granted):
         """Send a message, with the lower QoS of publisher and subscriber. With QoS 1 or
@@ -301,9 +301,9 @@ class Session:
         return 0
 
     def is_behind(self):
-        """Half of what may be unsent is, or half of what may be unacknowledged. Then
-        publishers slow down (backpressure), but go on: who never reads is dropped."""
-        return self.connection.is_blocked or self.unacked_bytes > self.room // 2
+        """More than half of its limit is unsent, or unacknowledged. Then publishers
+        slow down (backpressure), but go on: who never reads is dropped."""
+        return self.connection.is_blocked or self.unacked_bytes > self.budget // 2
 
     def next_id(self):
         """From 1 to 65,535, and not one that is on its way. [MQTT-2.3.1-1], 2"""
@@ -324,10 +324,10 @@ class Session:
     def keep_to_budget(self):
         """A connected client is dropped, an absent one loses its oldest messages."""
         if self.connection:
-            if self.room_left() < 0:
+            if self.budget_left() < 0:
                 self.connection.drop("acknowledges or releases too little")
             return
-        while self.unacked and self.room_left() < LIMIT:     # room for its return
+        while self.unacked and self.budget_left() < LIMIT:   # room for its return
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
@@ -441,7 +441,7 @@ class Connection(asyncio.Protocol):
             self.will = Message(packet.topic(), packet.data(), qos, retain)
         user = packet.text() if has_user else ""
         password = packet.data() if has_password else b""
-        packet.end()
+        packet.must_end()
         self.admit(client_id or clean, "no id for its session", 2)  # [-3.1.3-8]
         self.admit(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
@@ -459,12 +459,12 @@ class Connection(asyncio.Protocol):
             raise Invalid(why)
 
     def do_disconnect(self, packet):
-        packet.end()
+        packet.must_end()
         self.will = None                                        # [MQTT-3.1.2-10]
         self.close("said goodbye")
 
     def do_pingreq(self, packet):
-        packet.end()
+        packet.must_end()
         self.send(encode(PINGRESP))                             # [MQTT-3.12.4-1]
 
     # --- Messages from the client
@@ -491,7 +491,7 @@ class Connection(asyncio.Protocol):
 
     def do_pubrel(self, packet):
         packet_id = packet.packet_id()
-        packet.end()
+        packet.must_end()
         self.session.received.discard(packet_id)
         self.send(encode(PUBCOMP, pack(packet_id)))             # [MQTT-4.3.3-2]
 
@@ -501,11 +501,11 @@ class Connection(asyncio.Protocol):
 
     def do_acknowledge(self, packet):
         packet_id = packet.packet_id()
-        packet.end()
+        packet.must_end()
         session = self.session
         if packet_id in session.unacked:    # if not, the handshake goes on all the same
             sent = session.unacked[packet_id][0] & ~(DUP | RETAIN)
-            need(packet.first in ANSWERS[sent], "the wrong acknowledgement")
+            need(packet.first in ACKNOWLEDGED_BY[sent], "the wrong acknowledgement")
             session.forget(packet_id)
         if packet.first == PUBREC:
             pubrel = encode(PUBREL, pack(packet_id))
@@ -641,16 +641,16 @@ class MqttServer:
         if topic_filter not in session.filters:
             levels = topic_filter.split("/")
             taken = len(topic_filter) + OVERHEAD * len(levels)  # nodes of the tree
-            if len(levels) > LEVELS or taken > session.room_left():
+            if len(levels) > LEVELS or taken > session.budget_left():
                 return 0x80
             session.filters[topic_filter] = taken
-            session.room -= taken
+            session.budget -= taken
         self.tree.add(topic_filter, session, qos)
         session.wanted[topic_filter] = qos
         return qos
 
     def unsubscribe(self, session, topic_filter):
-        session.room += session.filters.pop(topic_filter)
+        session.budget += session.filters.pop(topic_filter)
         session.wanted.pop(topic_filter, None)
         session.begun.pop(topic_filter, None)
         self.tree.remove(topic_filter, session)
@@ -664,8 +664,8 @@ class MqttServer:
         filters = MQTTMatcher()
         for topic_filter in session.begun:
             filters[topic_filter] = topic_filter
-        has_wildcard = not TOPIC.fullmatch(" ".join(session.begun))
-        for topic in list(self.retained if has_wildcard else session.begun):
+        are_topics = all(map(TOPIC.fullmatch, session.begun))   # without a wildcard
+        for topic in list(session.begun if are_topics else self.retained):
             message = self.retained.get(topic)
             for topic_filter in filters.iter_match(topic):
                 if message and topic_filter in session.begun:       # still [-3.10.4-2]

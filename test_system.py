@@ -1689,7 +1689,7 @@ class TooMuch(Simulation):
         bob = self.joins("bob", session=1)
         for n in range(21, 40):
             bob.takes("t", numbered(n, 50_000), 1)
-        assert session.room_left() == broker.BUDGET - 129   # its filter, of one level
+        assert session.budget_left() == broker.BUDGET - 129   # its filter, of one level
         ids = range(1, (broker.BUDGET - 129) // 128 + 2)
         *good, bad = [publish("x", qos=2, id=id) for id in ids]
         bob.send(*good).expect(*[ack("PUBREC", id) for id in ids[:-1]])
