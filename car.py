@@ -30,7 +30,7 @@ from contextlib import suppress
 from time import monotonic
 
 from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_stopped
-from ring import NAME, PERCENT, fit, read_object, to_json
+from ring import NAME, PERCENT, fit, read_object
 from station import STATE, Client, Stopped, live_until_stopped, positive
 
 FULL = 60           # km on a full battery
@@ -47,7 +47,7 @@ class Car(Client):
     """Touched by its own thread only, the one that runs `live`. Each step of its life
     passes its time in `pause`, where connection and spot are looked after."""
     def __init__(self, name, city, at, battery, speed, charges):
-        super().__init__(name, city.broker_of(at))
+        super().__init__(name, "cars", city.broker_of(at))
         self.city = city
         self.at = at                # the place it is at, or has last passed
         self.battery = battery      # %
@@ -65,7 +65,7 @@ class Car(Client):
     # --- its life: each step below lasts until the car goes on to the next one
     #     driving     live -> travel, from place to place
     #     charging    live -> recharge: ask (or wait), go, charge, give_back
-    #     stopping    whichever it is in, its `pause` raises Stopped
+    #     stopping    whichever it is in, `attend` raises Stopped
 
     def live(self):
         with suppress(Stopped):
@@ -82,8 +82,7 @@ class Car(Client):
                     self.become("driving")
                     self.travel(place)
         self.give_back()
-        self.become("offline")
-        self.close()
+        self.say_goodbye()
 
     def recharge(self):
         """From asking for a spot to leaving it with a full battery."""
@@ -156,7 +155,7 @@ class Car(Client):
         if self.offer:
             self.tell("->", self.offer["station"], self.request_id, "leaves with",
                       f"{self.battery:.0f} %")
-            self.publish(self.topic("leave", self.offer["station"]), {})
+            self.publish(f"leave/{self.offer['station']}", {})
             if self.is_up:
                 self.mqtt.unsubscribe(self.watched)
             self.offer = None
@@ -181,8 +180,6 @@ class Car(Client):
         """Look after connection and spot for a moment. Returns the seconds gone by.
         Whatever the car does is made of such moments, so it hears and claims always."""
         seconds = self.attend()
-        if self.is_stopping:
-            raise Stopped
         if self.offer:
             self.keep_spot()
         elif self.failures > 1:     # after one it may be back at the next try
@@ -215,9 +212,8 @@ class Car(Client):
         """And hear what the station says of us. Both may be said again and again."""
         if self.is_up:
             use = "charging" if self.doing == "charging" else "held"
-            topic = self.topic("claim", self.offer["station"])
             self.mqtt.subscribe(self.watched, 1)
-            self.publish(topic, {"use": use})
+            self.publish(f"claim/{self.offer['station']}", {"use": use})
             self.last_claim = monotonic()
 
     # --- its connection: to one broker at a time
@@ -235,7 +231,7 @@ class Car(Client):
             self.broker = broker
 
     def will(self):
-        return self.topic("state"), to_json(self.state("offline"))
+        return "state", self.state() | {"doing": "offline"}
 
     def turn_to_next_broker(self):
         """This one does not answer; any other one can find a spot just as well."""
@@ -259,12 +255,9 @@ class Car(Client):
         if self.is_up:
             self.tell("->", self.broker.name, self.request_id, "asks for a spot at",
                       f"{self.at} (range {self.range():.1f} km)")
-        self.publish(self.topic("request"), {
+        self.publish("request", {
             "id": self.request_id, "at": self.at, "range": self.range()})
         self.reply_due = monotonic() + REPLY_WAIT       # then we ask elsewhere
-
-    def topic(self, *levels):
-        return "/".join([self.broker.name, "cars", self.name, *levels])
 
     def become(self, doing, *where):
         self.doing = doing
@@ -274,11 +267,11 @@ class Car(Client):
 
     def publish_state(self):
         self.last_news = monotonic()
-        self.publish(self.topic("state"), self.state(self.doing), qos=0, retain=True)
+        self.publish("state", self.state(), qos=0, retain=True)
 
-    def state(self, doing):
+    def state(self):
         return {"car": self.name, "at": self.at, "battery": round(self.battery, 1),
-                "doing": doing}
+                "doing": self.doing}
 
     def hear(self, topic, message):
         """Only note it: the step of its life that waits for it will see it. So each

@@ -81,8 +81,9 @@ class Client:
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
-    def __init__(self, name, broker):
+    def __init__(self, name, kind, broker):
         self.name = name
+        self.kind = kind        # "stations" or "cars", a level of its topics
         self.broker = broker
         self.tell = Story(name)
         self.mqtt = None        # paho's client; None: not even a connection
@@ -95,6 +96,8 @@ class Client:
     def attend(self):
         """Let paho send and receive for a moment, or connect; then hear what came in.
         An invalid message changes nothing. Returns the seconds since the last time."""
+        if self.is_stopping:
+            raise Stopped
         if self.mqtt:
             self.work()
         elif monotonic() < self.next_try:
@@ -113,7 +116,8 @@ class Client:
 
     def connect(self):
         client = mqtt_client(self.name)
-        client.will_set(*self.will(), qos=1, retain=True)
+        what, value = self.will()
+        client.will_set(self.topic(what), to_json(value), qos=1, retain=True)
         # Called in `loop`: a topic that is not UTF-8 is a ValueError there.
         client.on_message = lambda client, data, message: self.inbox.append(
             (message.topic, message))
@@ -146,13 +150,22 @@ class Client:
         self.next_try = monotonic() + RECONNECT
         self.tell.trouble("->", self.broker.name, f"{why}; trying again")
 
-    def publish(self, topic, value, qos=1, retain=False):
+    def topic(self, what):
+        """All that a client publishes must be below its own name."""
+        return f"{self.broker.name}/{self.kind}/{self.name}/{what}"
+
+    def publish(self, what, value, qos=1, retain=False):
         """QoS 1 is at-least-once delivery. That it may come twice is harmless here."""
         if self.is_up:
-            self.mqtt.publish(topic, to_json(value), qos, retain)
+            self.mqtt.publish(self.topic(what), to_json(value), qos, retain)
+
+    def say_goodbye(self):
+        """In the words of the last will, which the broker then does not need."""
+        self.publish(*self.will(), retain=True)
+        self.close()
 
     def close(self):
-        """Say goodbye (so there is no will), but first let the last messages arrive."""
+        """Hang up, but first let the last messages arrive."""
         if self.is_up:
             self.work()
         if self.mqtt:
@@ -193,9 +206,8 @@ class Station(Client):
     """Its spots are touched by its own thread only, the one that runs `live`. At any
     time: len(self.cars) <= self.spots, and a car has at most one of them."""
     def __init__(self, name, city, lease):
-        super().__init__(name, city.broker_of(name))
+        super().__init__(name, "stations", city.broker_of(name))
         self.lease = lease
-        self.topic = f"{self.broker.name}/stations/{name}"
         self.spots = city.places[name]["spots"]
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
@@ -205,16 +217,15 @@ class Station(Client):
 
     def live(self):
         with suppress(Stopped):
-            while not self.is_stopping:
+            while True:
                 if self.attend() > FROZEN:      # claims sent meanwhile are yet unread
                     self.hears_since = self.last_look
                 elif self.is_up and self.is_serving:
                     self.end_leases()
-            self.publish(f"{self.topic}/online", False, retain=True)
-        self.close()
+        self.say_goodbye()
 
     def will(self):
-        return f"{self.topic}/online", to_json(False)
+        return "online", False
 
     # --- reading its own state back: greet -> remember -> serve
     #     STATION --subscribe, then publish the mark--> broker
@@ -227,8 +238,8 @@ class Station(Client):
         Once it is back, the state has come or never will."""
         self.is_serving = False
         for memory in "state", "mark":
-            self.mqtt.subscribe(f"{self.topic}/{memory}", 1)
-        self.publish(f"{self.topic}/mark", {})
+            self.mqtt.subscribe(self.topic(memory), 1)
+        self.publish("mark", {})
 
     def remember(self, state):
         """Who had our spots when we were last heard of. The first time we take over
@@ -241,7 +252,7 @@ class Station(Client):
             self.cars = {car: FREE._replace(use=uses[car]) for car in cars}
         elif state["life"] != self.life:
             self.tell(TWICE)
-            raise Stopped           # and leave that one online
+            raise Stopped           # that one says that it is online after this
 
     def serve(self):
         """Our mark is back: what it has retained has come. From now on we hear claims,
@@ -249,10 +260,10 @@ class Station(Client):
         self.is_restored = True
         self.is_serving = True
         self.hears_since = monotonic()
-        self.mqtt.unsubscribe(f"{self.topic}/state")
+        self.mqtt.unsubscribe(self.topic("state"))
         self.mqtt.subscribe(f"{self.broker.name}/cars/+/+/{self.name}", 1)
         self.publish_state()
-        self.publish(f"{self.topic}/online", True, retain=True)
+        self.publish("online", True, retain=True)
         self.tell("->", self.broker.name, "serves:", self.count())
 
     # --- what it hears: claims and leaves
@@ -281,7 +292,7 @@ class Station(Client):
         if ok:
             answer["lease"] = self.lease
         if claim_id:
-            self.publish(f"{self.topic}/answer", answer)
+            self.publish("answer", answer)
 
     def take(self, car, use, request):
         """The whole rule: a car has at most one spot, and whoever claims it has it for
@@ -323,7 +334,7 @@ class Station(Client):
     def publish_state(self):
         """Retained, for ourselves after a crash, too. QoS 0: the next one replaces a
         lost one."""
-        self.publish(f"{self.topic}/state", {
+        self.publish("state", {
             "station": self.name, "spots": self.spots,
             "free": self.spots - len(self.cars),
             "cars": {car: spot.use for car, spot in self.cars.items()},

@@ -1288,7 +1288,7 @@ class TheStation(Simulation):
         P1 has bob-charging cid-charging
         bob leaves P1 -> P1 has cid-charging; left own ann-held bob-charging
         P1 is_cut_off; has cid-charging; left another ann-held; says mark
-        P1 is_cut_off; says mark about=online   # who was started later is the station
+        P1 is_cut_off; says mark online:False   # who was started later is the station
         assert self.parts["P1"].mqtt is None
         assert str(self.parts["P1"].tell.events).count("is lost") == 2
         assert "server1/stations/P1/online" in self.server.retained
