@@ -21,6 +21,7 @@ Read next: car.py. Left out on purpose: kilowatts, prices, a memory of its own o
 """
 
 import argparse
+import math
 import random
 import socket
 import struct
@@ -211,16 +212,16 @@ class Station(Client):
         self.spots = city.places[name]["spots"]
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
-        self.is_restored = False                # has it ever read its state back,
-        self.is_serving = False                 # and has it on this connection?
-        self.hears_since = 0.0                  # since when it hears all claims
+        self.is_restored = False                # has it ever read its state back?
+        self.hears_since = math.inf             # since when it hears all claims; inf:
+                                                # it does not yet, on this connection
 
     def live(self):
         with suppress(Stopped):
             while True:
                 if self.attend() > FROZEN:      # claims sent meanwhile are yet unread
                     self.hears_since = self.last_look
-                elif self.is_up and self.is_serving:
+                elif self.is_up:
                     self.end_leases()
         self.say_goodbye()
 
@@ -236,7 +237,7 @@ class Station(Client):
         """Ask for what we said last, before we hear any claim. There may be nothing,
         and nobody would say so: so we say something to ourselves (a marker message).
         Once it is back, the state has come or never will."""
-        self.is_serving = False
+        self.hears_since = math.inf
         for memory in "state", "mark":
             self.mqtt.subscribe(self.topic(memory), 1)
         self.publish("mark", {})
@@ -258,7 +259,6 @@ class Station(Client):
         """Our mark is back: what it has retained has come. From now on we hear claims,
         and not what we say ourselves."""
         self.is_restored = True
-        self.is_serving = True
         self.hears_since = monotonic()
         self.mqtt.unsubscribe(self.topic("state"))
         self.mqtt.subscribe(f"{self.broker.name}/cars/+/+/{self.name}", 1)
@@ -269,19 +269,19 @@ class Station(Client):
     # --- what it hears: claims and leaves
 
     def hear(self, topic, message):
-        """Of what is retained (said before we listened) only our own state counts."""
         match topic.split("/"):
-            case [_, "cars", car, "claim", _] if not message.retain:
-                claim = fit(CLAIM, read_object(message.payload), "claim")
-                self.claim(fit(NAME, car, "car"), claim)
-            case [_, "cars", car, "leave", _] if not message.retain:
-                if car in self.cars:
-                    self.free(car, "leaves")
-            case [_, "stations", _, "state"] if not self.is_serving:
+            case [_, "stations", _, "state"]:
                 state = read_object(message.payload)
                 self.remember(fit(STATE, state, "our last state"))
-            case [_, "stations", _, "mark"] if not message.retain:
+            case _ if message.retain:
+                pass        # it was said before we listened, so it does not count
+            case [_, "stations", _, "mark"]:
                 self.serve()
+            case [_, "cars", car, "claim", _]:
+                claim = fit(CLAIM, read_object(message.payload), "claim")
+                self.claim(fit(NAME, car, "car"), claim)
+            case [_, "cars", car, "leave", _] if car in self.cars:
+                self.free(car, "leaves")
 
     def claim(self, car, claim):
         """It takes a spot, renews it, or is refused. The fog's claim has an id."""

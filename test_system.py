@@ -1005,6 +1005,9 @@ class Line(mock.Mock):
             if station.paho.topic_matches_sub(name, message.topic):
                 self.deliver(message, qos)
 
+    def unsubscribe(self, name):
+        self.city.server.tree.remove(name, self)
+
     def deliver(self, message, qos):
         self.inbox.append(message)
         return 0
