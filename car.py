@@ -60,6 +60,7 @@ class Car(Client):
         self.offer = None           # the spot that it goes to, or charges at,
         self.watched = ""           # and the topic of its station's state
         self.shown = None           # "held" or "charging": what its station says of it
+        self.last_claim = 0.0       # on the monotonic clock
         self.breaker = Breaker()    # for brokers: which are not worth a try now
 
     # --- its life: each step below lasts until the car goes on to the next one
@@ -88,6 +89,10 @@ class Car(Client):
         """From asking for a spot to leaving it with a full battery."""
         while self.battery < 100:
             reply = self.ask()
+            if reply is None:
+                self.tell("<-", self.broker.name, self.request_id, "no reply")
+                self.turn_to_next_broker()
+                continue
             self.tell("<-", self.broker.name, self.request_id, outcome(reply),
                       f"(asked {', '.join(reply['asked'])})")
             if reply["station"]:
@@ -100,20 +105,19 @@ class Car(Client):
         self.charges -= 1
 
     def ask(self):
-        """Ask for a spot until there is a reply, which may be a refusal. To ask again
-        is harmless: a second spot, elsewhere, would end by itself."""
+        """Ask for a spot. Returns the reply, which may be a refusal, or None. To ask
+        again is harmless: a second spot, elsewhere, would end by itself."""
         # A new id, so that a late reply to an earlier request does not count.
         number = random.randrange(1_000_000)
         self.request_id = f"{self.name[:50]}-{number}"
         self.reply = None
         self.become("asking")
         self.say_request()
-        while self.reply is None:
-            self.pause()
-            if self.is_up and monotonic() > self.reply_due:
-                self.tell("<-", self.broker.name, self.request_id, "no reply")
-                self.turn_to_next_broker()
-                self.say_request()      # (in a ring of one: at the same broker)
+        waited = 0.0                # s connected, but without a reply
+        while self.reply is None and waited < REPLY_WAIT:
+            seconds = self.pause()
+            if self.is_up:
+                waited += seconds
         return self.reply
 
     def wait(self, seconds):
@@ -257,7 +261,6 @@ class Car(Client):
                       f"{self.at} (range {self.range():.1f} km)")
         self.publish("request", {
             "id": self.request_id, "at": self.at, "range": self.range()})
-        self.reply_due = monotonic() + REPLY_WAIT       # then we ask elsewhere
 
     def become(self, doing, *where):
         self.doing = doing
