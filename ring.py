@@ -55,11 +55,9 @@ def walk(home):
     """Each other broker once, from the next one on, and the seconds for which to wait
     for its answer, until WALK_WAIT is over. Whoever walks stops at the first offer."""
     end = monotonic() + WALK_WAIT
-    left = WALK_WAIT
     broker = home.next
-    while broker is not home and left > 0:
-        yield broker, min(BROKER_WAIT, left)
-        left = end - monotonic()
+    while broker is not home and monotonic() < end:
+        yield broker, min(BROKER_WAIT, end - monotonic())
         broker = broker.next
 
 
