@@ -33,7 +33,7 @@ from cloud_server import Breaker, give_up, outcome, read_reply, start_up, until_
 from ring import NAME, PERCENT, fit, read_object
 from station import STATE, Client, Stopped, live_until_stopped, positive
 
-FULL = 60           # km on a full battery
+FULL_RANGE = 60     # km on a full battery
 LOW = 25            # %: below it the car asks for a spot
 POWER = 10          # % a second that charging adds
 NEWS = 1.0          # s between two messages about the battery
@@ -44,8 +44,8 @@ INSIST = 1.0        # ... and s between its claims until then
 
 
 class Car(Client):
-    """Touched by its own thread only, the one that runs `live`. Each step of its life
-    passes its time in `pause`, where connection and spot are looked after."""
+    """Touched by its own thread only, the one that runs `live`. Whatever a step of its
+    life waits for, it waits in `pass_time`, which looks after connection and spot."""
     def __init__(self, name, city, at, battery, speed, charges):
         super().__init__(name, "cars", city.broker_of(at))
         self.city = city
@@ -73,7 +73,7 @@ class Car(Client):
             while self.charges > 0:
                 roads = [(place, km)
                          for place, km in self.city.neighbours[self.at].items()
-                         if km <= FULL]
+                         if km <= FULL_RANGE]
                 place, km = random.choice(roads or [(self.at, 0)])
                 if self.battery < LOW or self.range() < km:
                     self.recharge()
@@ -115,7 +115,7 @@ class Car(Client):
         self.say_request()
         waited = 0.0                # s connected, but without a reply
         while self.reply is None and waited < REPLY_WAIT:
-            seconds = self.pause()
+            seconds = self.pass_time()
             if self.is_up:
                 waited += seconds
         return self.reply
@@ -125,7 +125,7 @@ class Car(Client):
         battery lasts, however often it is refused."""
         self.become("waiting", f"{seconds} s")
         while seconds > 0:
-            seconds -= self.pause()
+            seconds -= self.pass_time()
 
     def go(self, offer):
         """The fog has just made the first claim for us; the next ones are ours."""
@@ -133,7 +133,7 @@ class Car(Client):
         self.watched = f"{offer['broker']}/stations/{offer['station']}/state"
         self.shown = None
         self.last_claim = monotonic()       # the fog made it for us
-        self.connect_to(self.city.ring[offer["broker"]])
+        self.turn_to(self.city.ring[offer["broker"]])
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
             if self.offer:              # else it was lost on the way
@@ -147,7 +147,7 @@ class Car(Client):
         self.claim()
         missing = 0.0               # s here and connected, but not shown as charging
         while self.offer and self.battery < 100 and missing < SHOWN_WAIT:
-            seconds = self.pause()
+            seconds = self.pass_time()
             if self.shown == "charging":
                 self.battery = min(100.0, self.battery + POWER * seconds)
                 missing = 0.0
@@ -169,8 +169,8 @@ class Car(Client):
         The battery never ends on a road: it was enough for this one when we set out."""
         left = self.city.km(self.at, place)
         while True:
-            km = min(left, self.pause() * self.speed)
-            self.battery = max(0.0, self.battery - km / FULL * 100)
+            km = min(left, self.pass_time() * self.speed)
+            self.battery = max(0.0, self.battery - km / FULL_RANGE * 100)
             left -= km
             if left == 0:
                 break
@@ -178,9 +178,9 @@ class Car(Client):
         self.tell(f"{self.battery:3.0f} % at {place}")
         home = self.city.broker_of(place)
         if self.offer is None and not self.breaker.is_open(home.name):
-            self.connect_to(home)
+            self.turn_to(home)
 
-    def pause(self):
+    def pass_time(self):
         """Look after connection and spot for a moment. Returns the seconds gone by.
         Whatever the car does is made of such moments, so it hears and claims always."""
         seconds = self.attend()
@@ -224,7 +224,7 @@ class Car(Client):
     #     with a spot     to its station's broker, as long as the spot is not lost
     #     without one     to the region's; after two failures, or no reply, to the next
 
-    def connect_to(self, broker):
+    def turn_to(self, broker):
         """Leave nothing behind at the old broker, and connect to another one. The empty
         message takes our retained state away; else we would be seen twice."""
         if broker is not self.broker:
@@ -240,7 +240,7 @@ class Car(Client):
     def turn_to_next_broker(self):
         """This one does not answer; any other one can find a spot just as well."""
         self.breaker.failed(self.broker.name)
-        self.connect_to(self.broker.next)
+        self.turn_to(self.broker.next)
 
     def greet(self):
         """A broker has let us in: it must hear all that counts (soft state). It may be
@@ -286,7 +286,7 @@ class Car(Client):
             self.shown = fit(STATE, fields, "state")["cars"].get(self.name)
 
     def range(self):        # km
-        return self.battery / 100 * FULL
+        return self.battery / 100 * FULL_RANGE
 
 
 def percent(text: str) -> float:

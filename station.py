@@ -228,7 +228,7 @@ class Station(Client):
     def will(self):
         return "online", False
 
-    # --- reading its own state back: greet -> remember -> serve
+    # --- reading its own state back: greet -> remember -> go_online
     #     STATION --subscribe, then publish the mark--> broker
     #     broker --the last state, if there is one; then the mark--> STATION
     #     STATION --subscribe to claims; state, online--> all
@@ -255,7 +255,7 @@ class Station(Client):
             self.tell(TWICE)
             raise Stopped           # that one says that it is online after this
 
-    def serve(self):
+    def go_online(self):
         """Our mark is back: what it has retained has come. From now on we hear claims,
         and not what we say ourselves."""
         self.is_restored = True
@@ -276,14 +276,14 @@ class Station(Client):
             case _ if message.retain:
                 pass        # it was said before we listened, so it does not count
             case [_, "stations", _, "mark"]:
-                self.serve()
+                self.go_online()
             case [_, "cars", car, "claim", _]:
                 claim = fit(CLAIM, read_object(message.payload), "claim")
-                self.claim(fit(NAME, car, "car"), claim)
+                self.on_claim(fit(NAME, car, "car"), claim)
             case [_, "cars", car, "leave", _] if car in self.cars:
-                self.free(car, "leaves")
+                self.end_lease(car, "leaves")
 
-    def claim(self, car, claim):
+    def on_claim(self, car, claim):
         """It takes a spot, renews it, or is refused. The fog's claim has an id."""
         claim_id = claim.get("id", "")
         request = claim_id.rpartition("@")[0]
@@ -320,9 +320,9 @@ class Station(Client):
         for car, spot in list(self.cars.items()):
             began = max(spot.claimed, self.hears_since)
             if began + self.lease <= self.last_look:
-                self.free(car, "claims it no more")
+                self.end_lease(car, "claims it no more")
 
-    def free(self, car, why):
+    def end_lease(self, car, why):
         spot = self.cars.pop(car)
         self.publish_state()
         self.tell("<-", car, spot.request, why + ":", self.count())
