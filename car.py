@@ -220,9 +220,16 @@ class Car(Client):
             self.publish(f"claim/{self.offer['station']}", {"use": use})
             self.last_claim = monotonic()
 
-    # --- its connection: to one broker at a time
-    #     with a spot     to its station's broker, as long as the spot is not lost
-    #     without one     to the region's; after two failures, or no reply, to the next
+    # --- its connection: to one broker at a time (`Client` connects, and tries again)
+    #     go                  with a spot: to its station's broker, until it is lost
+    #     travel              without one, at each place: to the region's, if it speaks
+    #     recharge            no reply in 10 s: to the next one
+    #     pass_time           without a spot, after two failures: to the next one
+
+    def turn_to_next_broker(self):
+        """This one does not answer; any other one can find a spot just as well."""
+        self.breaker.failed(self.broker.name)
+        self.turn_to(self.broker.next)
 
     def turn_to(self, broker):
         """Leave nothing behind at the old broker, and connect to another one. The empty
@@ -236,11 +243,6 @@ class Car(Client):
 
     def will(self):
         return "state", self.state() | {"doing": "offline"}
-
-    def turn_to_next_broker(self):
-        """This one does not answer; any other one can find a spot just as well."""
-        self.breaker.failed(self.broker.name)
-        self.turn_to(self.broker.next)
 
     def greet(self):
         """A broker has let us in: it must hear all that counts (soft state). It may be

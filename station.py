@@ -75,10 +75,15 @@ class Stopped(Exception):
 class Client:
     """What a station and a car have in common: a name, a story, and a connection.
 
-    The connection never raises. While it is down, what is published is dropped, and
-    `attend` tries to connect again. That is enough, as all that counts is said again
-    (soft state): each new connection begins with `greet`. It is a new paho client, so
-    nothing unsent of the old one comes later.
+        down --connect--> waits to be let in --work--> up: greet, then hear
+          ^                       |                     |
+          +-----------------------+--------lose---------+  tried again after 1 s
+
+    The connection never raises. While it is not up, what is published is dropped. That
+    is enough, as all that counts is said again (soft state). Each one has a new paho
+    client, so nothing unsent of the old one comes later. Stations and cars say in their
+    own way what their last `will` is, how they `greet`, and what they do when they
+    `hear` a message.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
