@@ -13,8 +13,7 @@
         CAR --leave--> station                      the spot is somebody else's now
         station --state--> CAR                      am I shown there as charging?
 
-A car owns its battery and its plan, and decides at places only. A broker that is back
-within a lease of its last claim costs it no spot.
+A car owns its battery and its plan, and decides at places only.
 
     python3 car.py [NAME ...] [--at PLACE] ...      these cars; no name: car1
 
@@ -121,8 +120,7 @@ class Car(Client):
         return self.reply
 
     def wait(self, seconds):
-        """As long as the broker has said. The car stands still meanwhile, so its
-        battery lasts, however often it is refused."""
+        """As long as the broker has said; it stands still, so its battery lasts."""
         self.become("waiting", f"{seconds} s")
         while seconds > 0:
             seconds -= self.pass_time()
@@ -279,8 +277,8 @@ class Car(Client):
                 "doing": self.doing}
 
     def hear(self, topic, message):
-        """Only note it: the step of its life that waits for it will see it. So each
-        step reads from top to bottom, undisturbed."""
+        """Only note it: the step that waits for it will see it, so each step reads from
+        top to bottom. What none waits for is passed over."""
         fields = read_object(message.payload)
         if topic == self.topic("reply"):
             self.reply = read_reply(self.city, fields, self.request_id)

@@ -8,9 +8,8 @@ The ring is a circular linked list: each broker knows the next one, and the last
 next is the first. A broker without a free spot asks the next broker, then the one after
 that, until one says yes, time is up, or the walk is back where it began.
 
-The second chapter checks what others wrote: what a message must look like stands once,
-as data (its shape), and `fit` checks a message against it. The third one reads
-servers.json, which describes the city, and finds the shortest ways on its roads.
+The second chapter checks what others wrote: `fit` compares it with a shape. The third
+one reads servers.json, the city, and finds the shortest ways on its roads.
 
 Read next: cloud_server.py, which walks this ring.
 Left out on purpose: brokers that join or leave while the city runs.
@@ -44,8 +43,7 @@ class Broker:
 
 
 def link(brokers):
-    """Make a circular linked list of these brokers. Returns {name: broker}, in the same
-    order."""
+    """Make a circular linked list. Returns {name: broker}, in the same order."""
     for n, broker in enumerate(brokers):
         brokers[n - 1].next = broker        # before the first one comes the last one
     return {broker.name: broker for broker in brokers}
@@ -205,8 +203,7 @@ class Way(NamedTuple):
 
 
 class City:
-    """What servers.json says. Nobody ever changes it, so every thread may read it. (Two
-    may fill a cache at once: it is the same answer.)"""
+    """What servers.json says. Nobody ever changes it, so every thread may read it."""
     def __init__(self, data):
         cloud = data["cloud"]
         self.cloud = cloud["host"], cloud["port"]       # its address

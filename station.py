@@ -8,9 +8,9 @@
 The life of a spot:   free --claim--> held --claim--> charging --leave--> free
                                         +--leave, or 15 s without a claim--^
 
-Every promise is a lease: it ends by itself unless it is claimed again. So nothing ever
-has to be undone, and to claim twice is harmless (idempotent). Its broker keeps what a
-station said last, as a retained message; after a crash the station reads that back.
+Every promise is a lease: it ends by itself unless it is claimed again, and to claim
+twice is harmless (idempotent). Its broker keeps what a station said last, as a retained
+message; after a crash the station reads that back.
 
     python3 station.py [NAME ...] [--lease S]       these stations; no name: all
 
@@ -79,11 +79,10 @@ class Client:
           ^                       |                     |
           +-----------------------+--------lose---------+  tried again after 1 s
 
-    The connection never raises. While it is not up, what is published is dropped. That
-    is enough, as all that counts is said again (soft state). Each one has a new paho
-    client, so nothing unsent of the old one comes later. Stations and cars say in their
-    own way what their last `will` is, how they `greet`, and what they do when they
-    `hear` a message.
+    It never raises. While it is not up, what is published is dropped: all that counts
+    is said again (soft state). Each one has a new paho client, so nothing unsent of the
+    old one comes later. What to say first (`greet`), what to do with a message (`hear`)
+    and the last `will` are the business of stations and cars.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
@@ -218,8 +217,7 @@ class Station(Client):
         self.cars = {}                          # car: its Spot
         self.life = random.randrange(2**31)     # tells us from a second one of our name
         self.is_restored = False                # has it ever read its state back?
-        self.hears_since = math.inf             # since when it hears all claims; inf:
-                                                # it does not yet, on this connection
+        self.hears_since = math.inf             # since when it hears claims: not yet
 
     def live(self):
         with suppress(Stopped):
@@ -337,8 +335,7 @@ class Station(Client):
         return f"{free} of {self.spots} spots free"
 
     def publish_state(self):
-        """Retained, for ourselves after a crash, too. QoS 0: the next one replaces a
-        lost one."""
+        """Retained, for ourselves, too. QoS 0: the next one replaces a lost one."""
         self.publish("state", {
             "station": self.name, "spots": self.spots,
             "free": self.spots - len(self.cars),
