@@ -90,7 +90,7 @@ class Car(Client):
             reply = self.ask()
             if reply is None:
                 self.tell("<-", self.broker.name, self.request_id, "no reply")
-                self.turn_to_next_broker()
+                self.switch_to_next()
                 continue
             self.tell("<-", self.broker.name, self.request_id, outcome(reply),
                       f"(asked {', '.join(reply['asked'])})")
@@ -131,7 +131,7 @@ class Car(Client):
         self.watched = f"{offer['broker']}/stations/{offer['station']}/state"
         self.shown = None
         self.last_claim = monotonic()       # the fog made it for us
-        self.turn_to(self.city.ring[offer["broker"]])
+        self.switch_to(self.city.ring[offer["broker"]])
         self.become("going", f"{offer['km']} km by", "-".join(offer["route"]))
         for place in offer["route"][1:]:
             if self.offer:              # else it was lost on the way
@@ -176,7 +176,7 @@ class Car(Client):
         self.tell(f"{self.battery:3.0f} % at {place}")
         home = self.city.broker_of(place)
         if self.offer is None and not self.breaker.is_open(home.name):
-            self.turn_to(home)
+            self.switch_to(home)
 
     def pass_time(self):
         """Look after connection and spot for a moment. Returns the seconds gone by.
@@ -185,7 +185,7 @@ class Car(Client):
         if self.offer:
             self.keep_spot()
         elif self.failures > 1:     # after one it may be back at the next try
-            self.turn_to_next_broker()
+            self.switch_to_next()
         if monotonic() > self.last_news + NEWS:
             self.publish_state()
         return seconds
@@ -224,12 +224,12 @@ class Car(Client):
     #     recharge            no reply in 10 s: to the next one
     #     pass_time           without a spot, after two failures: to the next one
 
-    def turn_to_next_broker(self):
+    def switch_to_next(self):
         """This one does not answer; any other one can find a spot just as well."""
         self.breaker.failed(self.broker.name)
-        self.turn_to(self.broker.next)
+        self.switch_to(self.broker.next)
 
-    def turn_to(self, broker):
+    def switch_to(self, broker):
         """Leave nothing behind at the old broker, and connect to another one. The empty
         message takes our retained state away; else we would be seen twice."""
         if broker is not self.broker:

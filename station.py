@@ -38,7 +38,7 @@ from ring import (COUNTER, NAME, SPOTS, Invalid, Kind, fit, one_of, printable,
                   read_object, to_json)
 
 LEASE = 15          # s a spot stays a car's; the car claims it every third of that
-TURN = 0.1          # s between two looks at the leases, or at the road
+LOOK = 0.1          # s between two looks at the leases, or at the road
 RECONNECT = 1       # s before a lost broker is tried again
 FROZEN = 1          # s between two looks: if longer, this process was frozen
 KEEPALIVE = 5       # s; a broker that leaves a ping unanswered for that long is lost
@@ -106,7 +106,7 @@ class Client:
         if self.mqtt:
             self.work()
         elif monotonic() < self.next_try:
-            sleep(TURN)
+            sleep(LOOK)
         else:
             self.connect()
         while self.inbox:
@@ -134,7 +134,7 @@ class Client:
 
     def work(self):
         try:
-            code = self.mqtt.loop(TURN)
+            code = self.mqtt.loop(LOOK)
         except (ValueError, LookupError, TypeError, struct.error) as fault:
             # paho's parser has met what is not MQTT.
             return self.lose(f"does not speak MQTT ({fault})")
@@ -187,12 +187,12 @@ def live_until_stopped(parts):
         threading.Thread(target=part.live, daemon=True).start()
     try:
         while threading.active_count() > 1:     # (a join() does not survive Ctrl-C)
-            sleep(TURN)
+            sleep(LOOK)
     finally:
         Client.is_stopping = True
         end = monotonic() + GOODBYE_WAIT
         while threading.active_count() > 1 and monotonic() < end:
-            sleep(TURN)
+            sleep(LOOK)
 
 
 # --- The station ----------------------------------------------------------------------
