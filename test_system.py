@@ -761,148 +761,92 @@ def run_rush(city, count):
 
 # --- One function or object at a time -------------------------------------------------
 
-def changed(value, path, new):
-    """A copy of a JSON value with another one at this path in it ("a.0.b"), or none."""
-    value = inside = copy.deepcopy(value)
-    *way, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
-    for key in way:
-        inside = inside[key]
-    if new == "gone":
-        del inside[last]
-    else:
-        inside[last] = json.loads(new)
-    return value
-
-
-class Shapes(Story):
-    """ring.py: what does not fit is refused; what no shape lists is dropped."""
-    SHAPES = {"request": cloud_server.REQUEST, "claim": station.CLAIM,
-              "answer": station.ANSWER, "state": station.STATE, "car": broker.CAR_STATE}
-    GOOD = json.loads("""{
-        "request": {"id": "a-1", "car": "ann", "at": "A", "range": 0},
-        "offer": {"id": "a-1", "station": "P1", "broker": "server1", "km": 2.5,
-                  "route": ["A", "P1"], "lease": 15, "asked": ["server1"]},
-        "refusal": {"id": "a-1", "station": null, "reason": "full", "retry": 5,
-                    "asked": []},
-        "claim": {"use": "charging"},
-        "answer": {"id": "c", "car": "ann", "ok": false},
-        "state": {"station": "P1", "spots": 2, "free": 1, "cars": {"ann": "held"},
-                  "life": 7},
-        "car": {"car": "ann", "at": "A", "battery": 99.5, "doing": "going"}}""")
-    GOOD["file"] = describe(P1=2, P3=1) | {"places": describe(P1=2)["places"],
-                                           "roads": []}
-    MISTAKES = r"""
-        request.id    | ""; "a\nb"; "\ud800"; gone | empty; two lines; half a character
-        request.car   | "a/b"; "a+"; ["a"] | two levels of a topic; a wildcard; no key
-        request.range | -1; NaN; true; "5" | less than nothing; none; Python's 1; a text
-        refusal.retry | 0                  | asking again at once
-        refusal.id    | "a-2"              | to another request
-        offer.lease   | 0                  | a spot for no time
-        offer.station | "P3"               | not a station of that broker
-        offer.broker  | "x"                | an unknown broker
-        offer.route   | ["A", 5]; "A"; ["Z"] | no name; no list; off the map
-        state.free    | -1                 | less than none
-        state.spots   | 2.0                | not a whole number
-        state.cars    | {"ann": "free"}; {"a/b": "held"} | neither use; no name
-        state.life    | gone               | a state of before
-        claim.use     | "free"             | neither held nor charging
-        claim.id      | null               | an id that is nothing
-        answer.ok     | 0                  | neither true nor false
-        car.battery   | 101                | more than full
-        car.doing     | "flying"           | what no car does
-        car           | null; []           | nothing at all; a list
-        file.cloud    | gone               | no cloud
-        file.cloud.host       | "a..b"     | not a host name
-        file.cloud.port       | 65536; "1" | not a port; a text
-        file.brokers          | []         | no brokers
-        file.brokers.1.name   | "server1"  | a broker given twice
-        file.places           | {}         | no places
-        file.places.server1   | {"at": [0, 0], "broker": "server1"} | a broker's name
-        file.places.P1.broker | "server9"  | an unknown broker
-        file.places.P1.spots  | 0; 201     | a station without a spot; too many
-        file.places.A.at      | [1, 2, 3]; [0, Infinity] | three coordinates; too far
-        file.roads | [["A", "Z"]]; [["A", "A"]]; [["A", "P1", "A"]] | nowhere; not two
+class Ring(Story):
+    """ring.py and cloud_server.py: what fits, the roads, bad starts, and hung parts."""
+    # Good texts. Below each: what stands there | what makes it bad instead | why.
+    TEXTS = """
+        * request {"id": "a-1", "car": "ann", "at": "A", "range": 0}
+            "a-1" | ""; "a\\nb"; "\\ud800"; "LONG" | empty; two lines; half a letter
+            "ann" | "a/b"; "a+"; ["a"]; "LONG" | two levels of a topic; a wildcard
+            0     | -1; NaN; true; "5"; DEEP; DIGITS | no number of km; Python's traps
+            }     |                         | cut off
+        * offer {"id": "a-1", "station": "P1", "broker": "server1", "km": 2.5, \
+            "route": ["A"], "lease": 15, "asked": ["server1"]}
+            "a-1" | "a-2"                   | to another request
+            15    | 0                       | a spot for no time
+            "P1"  | "P3"                    | not a station of that broker
+            ["A"] | ["A", 5]; "A"; ["Z"]    | no name; no list; off the map
+        * file CITY
+            "cloud":            | "Cloud":; "cloud": 5, "Cloud": | no cloud; no object
+            127.0.0.1           | a..b      | not a host name
+            5002                | 65536     | not a port
+            server2             | server1; P1   | a name given twice
+            "roads":            | "roads": [], "roads": | a key given twice
+            "broker": "server1" | "broker": "server9"   | an unknown broker
+            "places": { | "places": {"P/": {"at": [0,0], "broker": "server1"}, | no name
+            "spots": 2          | "spots": 0; "spots": 201; "spots": 2.0 | not 1 to 200
+            [1, 0]              | [1, 0, 0]; [1, Infinity] | three coordinates; too far
+            ["A", "P1"]         | ["A", "Z"]; ["A", "A"]; ["A", "P1", "A"] | not two
+        """.replace("LONG", 65 * "n").replace("DEEP", 20_000 * "[").replace(
+            "DIGITS", 5_000 * "9").replace("CITY", json.dumps(describe(P1=2, P3=1)))
+    SCRIPTS = r"""
+        cloud_server.py --config none.json | ""       | none.json: .*No such
+        test_system.py --config none.json  | ""       | none.json
+        broker.py server1 server9          | ""       | servers.json: .*server9
+        station.py A                       | ""       | 'A'
+        car.py --at Z                      | ""       | 'Z'
+        car.py a/b                         | ""       | a/b
+        car.py P1                          | ""       | P1
+        car.py server1                     | ""       | server1
+        station.py                         | "\udcff" | EV_KEY is not UTF-8
+        car.py                             | "\t "    | EV_KEY
         """
-    TWICE = json.dumps(GOOD["file"])[:-1].encode() + b', "roads": []}'      # a key
-    TEXTS = b"{", b"\xff", b"[" * 20_000, b"9" * 5_000, TWICE
 
-    def reads(self, name, value):
+    def setUp(self):
+        self.city = City(P1=2, P3=1)        # only its file: nobody starts
+        self.addCleanup(self.city.erase)
+        self.map = ring.load(self.city.config)
+
+    def reads(self, kind, words):
         """As the scripts read it."""
-        if name in ("offer", "refusal"):
-            city = ring.City(describe(P1=1, P3=1))
-            return cloud_server.read_reply(city, value, "a-1")
-        if name != "file":
-            return ring.fit(self.SHAPES[name], value, name)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "file.json")
-            path.write_bytes(value if isinstance(value, bytes) else ring.to_json(value))
-            return ring.load(path)
+        if kind == "file":
+            self.city.config.write_text(words)
+            return ring.load(self.city.config)
+        value = ring.read_json(words.encode())
+        if kind == "offer":
+            return cloud_server.read_reply(self.map, value, "a-1")
+        return cloud_server.read_request(self.map, value)
 
     def test_what_fits_and_what_does_not(self):
-        """Whoever wrote it is told in one line what is wrong."""
-        for name, value in self.GOOD.items():
-            found = self.reads(name, value | {"key": "s3cret", "x": [{}]})
-            assert found == value or found.stations("server1") == ["P1"], name
-        mistakes = [("file", text, text[:20]) for text in self.TEXTS]
-        for path, values, why in rows(self.MISTAKES):
-            name, _, _ = path.partition(".")
-            mistakes += [(name, changed(self.GOOD, path, new.strip())[name], why)
-                         for new in values.split(";")]
-        for name, value, why in mistakes:
-            with self.assertRaisesRegex(ring.Invalid, r"\A.+\Z", msg=why):
-                self.reads(name, value)
-        for kind, longest in (ring.NAME, 64), (ring.ID, 64), (station.CLAIM_ID, 200):
-            assert kind.holds("n" * longest) > kind.holds("n" * (longest + 1))
+        """What is not asked for is dropped. The fault is told in one line."""
+        for title, mistakes in stories(self.TEXTS):
+            kind, good = title.split(" ", 1)
+            found = self.reads(kind, good.replace("{", '{"x": [{}], ', 1))
+            assert kind == "file" or found == json.loads(good), found
+            for old, them, why in rows(mistakes):
+                for new in them.split("; "):
+                    with self.assertRaisesRegex(ring.Invalid, r"\A.+\Z", msg=why):
+                        self.reads(kind, good.replace(old, new))
         # So a station's state fits into a packet, with 200 names of 64 characters.
         self.assertEqual(ring.to_json("\u00e9\ud800"), b'"\xc3\xa9?"')
 
-
-class Ring(Story):
-    """ring.py and cloud_server.py: the roads; how a part ends; asking others, and
-    leaving out who is silent."""
-    MAP = json.loads("""{
-        "places": {
-            "A": {"at": [0, 0], "spots": 1}, "B": {"at": [3, 0], "spots": 1},
-            "C": {"at": [0, 1]}, "D": {"at": [4, 0], "spots": 1},
-            "E": {"at": [9, 9], "spots": 1}, "F": {"at": [0, 3.5], "spots": 1}},
-        "roads": [["A", "F"], ["A", "C"], ["B", "D"], ["C", "D"], ["B", "A"]]}""")
-    SCRIPTS = r"""
-        cloud_server.py --config bad.json            | ""       | bad.json: .*cloud
-        broker.py --config none.json                 | ""       | none.json: .*No such
-        broker.py --config city.json server1 server9 | ""       | city.json: .*server9
-        station.py --config city.json A              | ""       | 'A'
-        station.py --config bare.json                | ""       | no station
-        car.py --config city.json --at Z             | ""       | 'Z'
-        car.py --config city.json a/b                | ""       | a/b
-        car.py --config city.json P1                 | ""       | P1
-        car.py --config city.json server1            | ""       | server1
-        test_system.py --config bad.json             | ""       | bad.json
-        station.py                                   | "\udcff" | EV_KEY is not UTF-8
-        car.py                                       | "\t "    | EV_KEY
-        """
-
     def test_the_shortest_way_by_road(self):
-        """From A to D over B, though C is nearer to A. C is no station, E is not to be
-        reached."""
-        ways = ring.City(Shapes.GOOD["file"] | self.MAP).ways("A")
-        self.assertEqual([f"{way.km:g} {'-'.join(way.route)}" for way in ways.values()],
-                         ["0 A", "3 A-B", "3.5 A-F", "4 A-B-D"])
+        """From P4 to A by P1, though C is nearer. P4, A and C are no stations."""
+        city = describe(P1=1, P2=1, P3=1)
+        city["roads"].append(["P1", "P4"])
+        ways = ring.City(city).ways("P4").values()
+        self.assertEqual([f"{way.km:g} {'-'.join(way.route)}" for way in ways],
+                         ["4 P4-C-P3", "5 P4-P1", "8 P4-P1-A-P2"])
 
-    def test_each_script_ends_with_one_line(self):
-        """Exit status 2, and one line on stderr that names the fault."""
-        files = {"bad": {}, "city": Shapes.GOOD["file"],
-                 "bare": changed(Shapes.GOOD["file"], "places.P1", "gone")}
-        with tempfile.TemporaryDirectory() as folder:
-            for name, value in files.items():
-                Path(folder, f"{name}.json").write_text(json.dumps(value))
-            for words, key, fault in rows(self.SCRIPTS):
-                script, *options = words.split()
-                end = subprocess.run(
-                    [sys.executable, HERE / script, *options], text=True, cwd=folder,
-                    timeout=DEADLINE, capture_output=True,
-                    env=os.environ | {"EV_KEY": json.loads(key)})
-                self.assertEqual((end.returncode, end.stdout), (2, ""), words)
-                self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
+    def test_exit_status_2_and_one_line_on_stderr_that_names_the_fault(self):
+        for words, key, fault in rows(self.SCRIPTS):
+            script, *options = words.split()
+            end = subprocess.run(
+                [sys.executable, HERE / script, "--config", self.city.config, *options],
+                text=True, capture_output=True, timeout=DEADLINE,
+                env=os.environ | {"EV_KEY": json.loads(key)})
+            self.assertEqual((end.returncode, end.stdout), (2, ""), words)
+            self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
 
     def test_a_bug_ends_its_process(self):
         bug = "import car; car.Car.live = lambda car: {}['bug']; car.main()"
@@ -917,60 +861,37 @@ class Ring(Story):
                 self.assertEqual(tell.call_count, warnings)
 
     def test_the_city_is_asked_at_once(self):
-        """However many hang, that is one wait."""
-        cloud = cloud_server.Cloud(ring.City(describe(P1=1, P3=1, P5=1)), mock.Mock())
-        together = threading.Barrier(3)
+        cloud = cloud_server.Cloud(self.map, mock.Mock())
+        together = threading.Barrier(2)     # however many hang, that is one wait
         cloud.caller.ask = lambda *question: together.wait(DEADLINE)
-        assert len(cloud.do_city()["brokers"]) == 3
+        assert len(cloud.do_city()["brokers"]) == 2
+
+    def test_a_walk_takes_3_and_a_half_seconds_at_most(self):
+        self.has_clock(ring)
+        nodes = ring.link([ring.Broker(name, "", 0, 0, 0) for name in "abcde"])
+        asked = []
+        for node, seconds in ring.walk(nodes["d"]):     # each of them hangs
+            self.clock.now += seconds
+            asked.append((node.name, seconds))
+        self.assertEqual(asked, [("e", 1.5), ("a", 1.5), ("b", 0.5)])
 
     def test_left_out_for_longer_each_time_until_it_answers(self):
+        """Who refuses the connection is not left out, nor is who had only 0.4 s."""
         self.has_clock(cloud_server)
         caller = cloud_server.Caller()
-        caller.exchange = lambda *question: b"{}"
-        breaker = caller.breaker
-        for seconds in 10, 20, 40, 80, 80, 10:
-            if seconds == 10:
-                caller.ask("x", {}, 1)
-            breaker.failed("x")
-            breaker.failed("x")     # others waited for it, too: that was one time
-            for passed, is_open in (seconds - 0.25, True), (0.25, False):
-                self.clock.now += passed
-                assert breaker.is_open("x") == is_open, seconds
-
-    def test_nine_brokers_of_which_seven_hang(self):
-        """Who hangs hides no spot: the ninth is found by the fifth try. A walk begins
-        at the next broker, and takes 3.5 s at most."""
-        self.has_clock(cloud_server, ring)
-        circle = ring.link([ring.Broker(f"b{n}", "localhost", 0, 0, n)
-                            for n in range(1, 10)])
-        node = cloud_server.Node(ring.City(describe(P1=1)), mock.Mock())
-
-        def exchange(address, question, seconds):
-            self.clock.now += seconds
-            if address[1] < 9:
-                raise TimeoutError
-            return json.dumps(Shapes.GOOD["offer"]).encode()
-        node.caller.exchange = exchange
-        for asked, seconds in (("b2 b3 b4", 3.5), ("b5 b6 b7", 3.5), ("b2 b3 b4", 3.5),
-                               ("b5 b6 b7", 3.5), ("b8 b9", 3)):
-            began = self.clock.now
-            reply = node.walk_ring(Shapes.GOOD["request"], circle["b1"])
-            found = " ".join(reply["asked"]), self.clock.now - began
-            self.assertEqual(found, (asked, seconds))
-            self.clock.now += 5
-
-    def test_only_a_real_chance_counts(self):
-        """Half a second is one. Who refuses the connection may be back at once."""
-        caller = cloud_server.Caller()
-        with socket.socket() as hung:
-            hung.bind(("127.0.0.1", 0))
-            address = hung.getsockname()
-            for seconds, why in (1, "refused"), (0.3, "no answer"), (0.5, "no answer"):
-                assert not caller.breaker.is_open(address)
-                with self.assertRaisesRegex(ring.Invalid, why):
-                    caller.ask(address, {}, seconds)
-                hung.listen()
-        assert caller.breaker.is_open(address)
+        hangs = TimeoutError
+        for does, seconds, pause in (
+                (ConnectionRefusedError, 1, 0), (hangs, 0.4, 0), (hangs, 0.5, 10),
+                (hangs, 1, 20), (hangs, 1, 40), (hangs, 1, 80), (hangs, 1, 80),
+                ([b'{"error": "key"}'], 1, 0), (hangs, 1, 10)):     # it answers
+            caller.exchange = mock.Mock(side_effect=does)
+            with self.assertRaises(ring.Invalid):
+                caller.ask("x", {}, seconds)
+            for _ in range(pause):
+                assert caller.breaker.is_open("x"), (does, pause)
+                caller.breaker.failed("x")      # others waited, too: that is one time
+                self.clock.now += 1
+            assert not caller.breaker.is_open("x"), (does, pause)
 
 
 # --- One part at a time, in a city without processes ----------------------------------
