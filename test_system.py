@@ -939,40 +939,26 @@ class Wire(mock.Mock):
     def opens(self, city):
         self.city = city
         self.came = bytearray()
-        self.is_full = self.is_over = False
+        self.is_over = False
         self.is_read = True         # by the server; else what we send would wait
         self.get_extra_info().fileno.return_value = 9
+        self.pause_reading = lambda: setattr(self, "is_read", False)
+        self.resume_reading = lambda: setattr(self, "is_read", True)
+        self.is_reading = lambda: self.is_read
+        self.is_closing = lambda: self.is_over
+        self.abort = lambda: setattr(self, "is_over", True)
+        self.get_write_buffer_size = lambda: len(self.came)
+        self.shutdown = lambda how: self.server.connection_lost(None)
         self.server = broker.Connection(city.server)
         self.server.connection_made(self)
+        [self.high] = self.set_write_buffer_limits.call_args.args
         return self
-
-    def set_write_buffer_limits(self, high):
-        self.high = high
 
     def write(self, data):
         assert not self.is_over, "it writes on a connection that is closed"
         self.came += data
-        if len(self.came) > self.high and not self.is_full:
-            self.is_full = True
+        if len(self.came) > self.high:
             self.server.pause_writing()
-
-    def get_write_buffer_size(self):
-        return len(self.came)
-
-    def pause_reading(self):
-        self.is_read = False
-
-    def resume_reading(self):
-        self.is_read = True
-
-    def is_reading(self):
-        return self.is_read
-
-    def is_closing(self):
-        return self.is_over
-
-    def abort(self):
-        self.is_over = True
 
     def sendall(self, data):
         if data:
@@ -984,16 +970,11 @@ class Wire(mock.Mock):
         while not self.came and not self.is_over:
             assert self.city.clock.now < end, "nothing came, and it is not closed"
             self.city.clock.wait(0.01)
-        found = bytes(self.came[:count])
-        del self.came[:count]
-        if self.is_full and len(self.came) < self.high // 4:
-            self.is_full = False
+        found = bytes(self.came)
+        self.came.clear()
+        if self.server.is_blocked:
             self.server.resume_writing()
         return found
-
-    def shutdown(self, how):
-        self.is_over = True
-        self.server.connection_lost(None)
 
 
 class Simulation(Story):
