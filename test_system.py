@@ -1217,11 +1217,12 @@ class TheFog(Simulation):
         assert "is invalid: request.at" in str(self.fog.tell.mock_calls)
     * Of many cars it remembers those that have spoken last | P1=1
         >>> self.patch(broker, "REMEMBERED", 3)
-        >>> here = {"at": "A", "battery": 5, "doing": "going"}
-        >>> for c in "abcad": self.tells(c, "state", here | {"car": c})
+        >>> for c in "abcad": self.tells(c, "state", self.GOING | {"car": c})
         a tells state -
         assert [*self.fog.cars] == ["c", "d"]
     """
+    GOING = {"at": "A", "battery": 5, "doing": "going"}
+
     def asks(self, car, range=50, at="A"):
         self.began = self.clock.now
         self.tells(car, "request", {"id": "a-1", "at": at, "range": range})
@@ -1365,169 +1366,92 @@ class Mqtt(Simulation):
         self.assertEqual(publish("t", qos=1, retain=1, id=7), b"\x33\6\0\1t\0\7x")
 
 
-def numbered(n, size):
-    return b"%d " % n + bytes(size)
-
-
 class TooMuch(Simulation):
-    """broker.py: what the MQTT server keeps for one client, and for all; and for how
-    long one may hold up the others."""
-    def setUp(self):
-        self.begins(P1=1)
+    """broker.py: how much room and time the MQTT server has for each, and for all."""
+    STORIES = """
+    * Who reads too slowly gets nothing more, and is dropped; their wills never nest
+        >>> self.patch(broker, "BUDGET", 100_000)
+        >>> for n in range(200): self.joins(f"c{n}", will=0).subscribes("t")
+        t floods 9 60000; waits 0.1
+        assert not self.server.connections
+        >>> for n in range(200): assert len(self.cast[f"c{n}"].socket.came) < 180_000
+    * Too much unacknowledged: the client is dropped; an absent one loses the oldest
+        >>> self.patch(broker, "BUDGET", 2_000 * 128 + 259)     # its filter takes 259
+        ann joins; subscribes t/# qos=1
+        bob joins session=0; subscribes t/# qos=1; goes
+        t/{} floods 9 50000 qos=1 -> ann closed -> bob joins session=1
+        >>> for n in range(6, 9): self.cast["bob"].takes(f"t/{n}", bytes(50_000), 1)
+        bob quiet                       # but what it does not release counts, too
+        >>> self.cast["bob"].send(*[publish("x", qos=2, id=n) for n in range(1, 2001)])
+        >>> self.cast["bob"].expect(*[ack("PUBREC", n) for n in range(1, 2001)])
+        bob sends x qos=2 id=2001; closed
+    * A filter that finds no room is refused, until another one is given back
+        >>> self.patch(broker, "BUDGET", 17_000)        # each level takes 128
+        eve joins
+        >>> self.cast["eve"].send(subscribe("/" * 128, "/" * 127, "a/b", "c/d"))
+        >>> self.cast["eve"].expect(ack("SUBACK", 9, 128, 0, 0, 128))
+        eve unsubscribes a/b; subscribes c/d
+        assert "a" not in self.server.tree._root._children      # no memory is lost
+        >>> self.cast["eve"].closed(publish("/" * 128))         # too many levels
+    * Of the absent clients the one that has been away longest goes
+        >>> self.patch(broker, "ABSENT", 2)
+        ann joins session=0; goes -> bob joins session=0; subscribes t; goes
+        ann joins session=1; goes -> cid joins session=0; goes
+        assert not self.server.tree.match("t")
+        ann joins session=1 -> bob joins session=0 -> cid joins session=1
+    * Retained messages that find no room are not kept, but a station's state is
+        >>> self.patch(broker, "RETAINED_BYTES", 400)      # each takes 128 and its size
+        r/{} floods 4 1 retain=1 -> r/{} floods 3 1 retain=1
+        assert [*self.server.retained] == ["r/0", "r/1", "r/2"]
+        server1/state floods 1 99 retain=1 -> r/2 floods 1 2 retain=1
+        assert [*self.server.retained] == ["r/0", "r/1", "server1/state"]
+    * Retained beyond the budget: at each one's pace; anew after a lost connection
+        >>> self.patch(broker, "BUDGET", 200_000)
+        t/{} floods 9 30000 qos=1 retain=1 -> ann joins; subscribes t/#
+        >>> for n in range(9): self.cast["ann"].hears(f"t/{n}", bytes(30_000), 0, 1)
+        dan joins session=0; subscribes t/# qos=1   # pauses at half the budget
+        >>> for n in range(4): self.cast["dan"].hears(f"t/{n}", bytes(30_000), 1, 1)
+        dan quiet; vanish; joins session=1
+        >>> for n in range(4): self.cast["dan"].hears(f"t/{n}", bytes(30_000), 1, 1, 1)
+        >>> for id in range(1, 5): self.cast["dan"].gives("PUBACK", id)
+        >>> for n in range(9): self.cast["dan"].takes(f"t/{n}", bytes(30_000), 1, 1)
+        dan quiet -> bob joins session=0; subscribes t/# qos=1; subscribes t/+ qos=1
+        bob subscribes t/0; unsubscribes t/0; unsubscribes t/#; gives PUBACK id=1
+        bob unsubscribes t/+; vanish
+        assert not self.server.absent["bob"].wanted
+    * Who speaks to one who is behind waits (backpressure); who is behind is heard
+        >>> self.server.subscribe_inside("t", mock.Mock(**{"deliver.return_value": 0}))
+        ann joins; subscribes t -> t floods 10 60000 -> eve joins   # ann reads nothing
+        >>> self.cast["eve"].send(publish("t", bytes(60_000)) * 3)
+        assert self.cast["eve"].socket.server.buffer
+        >>> self.cast["ann"].send(PING)
+        assert PONG in self.cast["ann"].socket.came
+    * Short of file descriptors a server refuses the newcomer
+        >>> self.patch(broker, "has_room", lambda connection: False)
+        assert Wire().opens(self).is_over
+    """
 
     def floods(self, topic, count, size, **how):
+        """The server publishes so many of so many bytes; {} stands for 0, 1, ..."""
         for n in range(count):
-            self.server.publish(topic.format(n), numbered(n, size), **how)
-
-    def leaves_behind(self, name, *packets):
-        """A client that has sent these, and vanishes; its session."""
-        self.joins(name, session=0).vanish(*packets)
-        return self.server.absent[name]
-
-    def test_nothing_more_for_who_is_too_slow(self):
-        """However much comes before the loop ends it. Wills never nest."""
-        self.patch(broker, "BUDGET", 100_000)
-        slow = [self.joins(f"c{n}", will=0).subscribes("t") for n in range(200)]
-        self.floods("t", 9, 60_000)
-        self.clock.wait(0.1)
-        assert not self.server.connections and not self.server.present
-        assert {len(client.socket.came) // 60_000 for client in slow} == {2}
-        self.server.tell.assert_any_call("<-", "c0", "reads too slowly")
-
-    def test_one_budget_for_what_is_not_acknowledged(self):
-        """Beyond it a connected client is dropped, an absent one loses the oldest."""
-        ann = self.joins("ann").subscribes("t", 1)
-        session = self.leaves_behind("bob", subscribe("t", qos=1))
-        self.floods("t", 40, 50_000, qos=1)
-        ann.closed()
-        self.server.tell.assert_any_call(
-            "<-", "ann", "acknowledges or releases too little")
-        bob = self.joins("bob", session=1)
-        for n in range(21, 40):
-            bob.takes("t", numbered(n, 50_000), 1)
-        assert session.budget_left() == broker.BUDGET - 129   # its filter, of one level
-        ids = range(1, (broker.BUDGET - 129) // 128 + 2)
-        *good, bad = [publish("x", qos=2, id=id) for id in ids]
-        bob.send(*good).expect(*[ack("PUBREC", id) for id in ids[:-1]])
-        assert bob.closed(bad) == b""       # what it does not release counts
-
-    def test_connections(self):
-        """Short of file descriptors a server refuses the newcomer: 32 are kept."""
-        ann = self.joins("ann")
-        few = mock.Mock(**{"getrlimit.return_value": (41, 99)})
-        self.patch(cloud_server, "resource", few)
-        assert Wire().opens(self).is_over           # as number 9
-        ann.quiet()
-
-    def test_filters(self):
-        """What finds no room is refused, until one is given back."""
-        eve = self.joins("eve")
-        eve.send(subscribe("/" * 127, "/" * 128)).expect(ack("SUBACK", 9, 0, 128))
-        session = self.server.present["eve"]
-        codes = [self.server.subscribe(session, f"{n}/a/b", 1) for n in range(5_000)]
-        assert 1_000 < codes.index(0x80) < 4_000
-        self.server.unsubscribe(session, "0/a/b")
-        assert self.server.subscribe(session, "y/a/b", 1) == 1
-        assert eve.closed(publish("/" * 128)) == b""        # too many levels
-        assert "y" not in self.server.tree._root._children      # no memory is lost
-
-    def test_sessions_of_absent_clients(self):
-        """The one that has been away longest goes."""
-        self.patch(broker, "ABSENT", 3)
-        for name in "c0", "c1", "c2", "c3", "c4":
-            self.leaves_behind(name, subscribe("t"))
-        self.joins("c2", session=1).vanish()
-        self.leaves_behind("c5", subscribe("t"))
-        kept = [session.client_id for session in self.server.tree.match("t")]
-        self.assertEqual(kept, ["c2", "c4", "c5"])
-        self.assertEqual([*self.server.absent], ["c4", "c2", "c5"])
-
-    def test_retained_messages(self):
-        """What comes new finds no room, but a station's state always does."""
-        self.patch(broker, "RETAINED_BYTES", 600_000)
-        server = self.server
-        self.floods("large/{}", 20, 60_000, retain=True)
-        self.assertEqual([*server.retained], [f"large/{n}" for n in range(9)])
-        server.publish("server1/state", bytes(65_000), retain=True)
-        server.publish("large/0", bytes(120_000), retain=True)      # it has grown
-        assert "server1/state" in server.retained and "large/0" not in server.retained
-        for topic in [*server.retained]:
-            server.publish(topic, b"", retain=True)
-        assert server.retained_bytes == 0
+            self.server.publish(topic.format(n), bytes(size), **how)
 
     def test_each_has_its_slice_of_time(self):
         """Many packets, or one expensive subscription: after 20 ms it is the others'
-        turn."""
+        turn. What comes next waits until all that is retained is handed out."""
+        self.begins(P1=1)
         ticks = itertools.count()       # each packet, or topic, takes 1 ms
         self.patch(broker, "monotonic", lambda: self.clock.now + next(ticks) / 1000)
         self.floods("a/{}", 100, 1, retain=True)
         eve = self.joins("eve").socket
-        packet = publish("t", qos=1)
-        eve.server.data_received(packet * 100)
-        assert 70 < len(eve.server.buffer) / len(packet) < 90
-        self.clock.wait(1)
-        assert not eve.server.buffer and len(eve.came) == 100 * len(ack("PUBACK", 1))
-        eve.server.data_received(subscribe("a/#"))
-        assert eve.came.count(b"a/") < 30
-        self.clock.wait(1)
-        assert eve.came.count(b"a/") == 100 and eve.is_read
-
-    def test_who_makes_work_waits(self):
-        """A request, or a message to who has enough to do, ends the slice. Who is
-        behind is heard meanwhile, as it might be waiting for others itself."""
-        fog = mock.Mock(**{"deliver.return_value": broker.MOMENT})
-        self.server.subscribe_inside("request", fog)
-        idle = mock.Mock(**{"deliver.return_value": 0})
-        self.server.subscribe_inside("t", idle)     # the slowest of all counts
-        ann = self.joins("ann").subscribes("t")
-        eve = self.joins("eve").socket.server
-        for topic, must_wait in ("t", False), ("request", True), ("t", True):
-            eve.data_received(publish(topic) * 9)
-            assert bool(eve.buffer) == must_wait, topic
+        for packets in publish("t") * 100, subscribe("a/#") + publish("a/last"):
+            eve.server.data_received(packets)
+            assert eve.server.buffer and not eve.is_read
             self.clock.wait(1)
-            assert not eve.buffer
-            if topic == "request":
-                self.floods("t", 10, 60_000)        # ann does not read them
-        self.assertEqual(self.server.publish("t", bytes(9_000)), 9 * broker.PAUSE)
-        ann.send(publish("x") + PING)
-        assert ann.socket.came.endswith(PONG)
-
-    def test_retained_messages_beyond_the_budget(self):
-        """Each at the pace of who asked for them, in order; and after a connection that
-        was lost all of them anew, unless they are no longer wanted."""
-        self.floods("t/{}", 60, 30_000, qos=1, retain=True)
-        ann = self.joins("ann").subscribes("t/#")
-        for n in range(60):
-            ann.hears(f"t/{n}", numbered(n, 30_000), retain=1)
-        dan = self.joins("dan").subscribes("t/#", 1)
-        for n in range(18):
-            dan.hears(f"t/{n}", numbered(n, 30_000), 1, 1)
-        dan.quiet()         # half its budget is to be acknowledged first
-        wanted = subscribe("t/#", qos=1)
-        bob = self.leaves_behind("bob", wanted, ack("UNSUBSCRIBE", 9, *text("t/#")))
-        assert not bob.wanted
-        cid = self.leaves_behind("cid", wanted)
-        for total in 18 + 60, 0:        # half the budget was on its way
-            client = self.joins("cid", session=1)
-            count = 0
-            while cid.unacked:
-                while client.socket.came:
-                    client.receive()
-                ids = [*cid.unacked]
-                count += len(ids)
-                client.send(*[ack("PUBACK", id) for id in ids])
-            self.assertEqual(count, total)
-            client.vanish()
-
-    def test_packet_ids(self):
-        """[MQTT-2.3.1-4] After all 65,535 one that is still on its way is left out."""
-        session = broker.Session("ann", False)
-        for n in range(65_600):
-            session.deliver(broker.Message("t", b"", 1), 1)
-            if n:
-                first, last = session.unacked
-                assert first == 1 < last <= 65_535
-                session.forget(last)
+            assert eve.is_read and not eve.server.buffer
+        self.assertEqual(eve.came.count(b"a/"), 101)
+        assert eve.came.startswith(ack("SUBACK", 9, 0))
+        assert eve.came.endswith(publish("a/last"))
 
 
 # --- One conversation at each door ----------------------------------------------------
