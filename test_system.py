@@ -1454,160 +1454,134 @@ class TooMuch(Simulation):
         assert eve.came.endswith(publish("a/last"))
 
 
-# --- One conversation at each door ----------------------------------------------------
+# --- One conversation at each door, and the demo --------------------------------------
 
 class Doors(Story):
-    """MQTT for cars, TCP for the cloud and other brokers, HTTP for people."""
-    QUESTION = {"op": "reserve", "id": "x-1", "car": "bob", "at": "A", "range": 50}
+    """MQTT for cars, TCP for the cloud and the brokers, HTTP for people: all locked."""
+    QUESTION = {"op": "reserve", "id": "x-1", "car": "bob", "at": "A", "range": 50,
+                "key": "s3cret"}
     LINE = json.dumps(QUESTION).encode() + b"\n"
     TCP = """
-        cloud port  | {"op": "search", "broker": "server2"} | "station": "P5"
-        server2 tcp | {}                      | "asked": ["server2"]
-        server2 tcp | {"car": "cid"}      | "full", "retry": 5, "asked": ["server2"]
-        server2 tcp | {"range": 0.5}            | "out of range", "retry": 60
         cloud port  | {"op": "search", "broker": "server2"} | "asked": ["server3"]
-        server2 tcp | {"op": "status"}          | "requests": {"local"
-        cloud port  | {"op": "city"}            | "server3": {"broker":
-        server2 tcp | {"op": "city"}; {"at": "Z"} | "error"
+        cloud port  | {"op": "search", "broker": "server2", "range": 0} | "retry": 60
         cloud port  | {"op": "status"}; {"op": "search", "broker": "x"} | "error"
-        cloud port  | {"op": "search", "broker": "server2", "range": 0} | "out of range"
+        server2 tcp | {}                          | "station": "P3"
+        server2 tcp | {"car": "cid"}      | "full", "retry": 5, "asked": ["server2"]
+        server2 tcp | {"op": "city"}; {"at": "Z"} | "error"
+        server2 tcp | {"key": "secret"}           | {"error": "key"}
         """
     HTTP = """
-        200 | POST /cars/ann/request | {"at": "A", "range": 3, "id": "a-1"} | "a-1"
-        200 | POST /cars/ann/request | {"at": "A", "range": 3} | "km": 1.0, "lease": 15
+        200 | POST /cars/ann/request | {"at": "A", "range": 9, "id": "a"} | "a".*"km": 1
         503 | POST /cars/bob/request | {"at": "A", "range": 3} | Retry-After: 5
         409 | POST /cars/bob/request | {"at": "A", "range": 0} | "out of range"
-        400 | POST /cars/bob/request | {"at": "Z", "range": 0} | request.at must be
         400 | POST /cars/a%2Fb/request | {"at": "A", "range": 3, "car": "b"} | must be a
-        400 | POST /cars/ann/request | Content-Length: 1         | bad JSON
         400 | POST /cars/ann/request | X: y; Content-Length: -1  | Content-Length must
-        413 | POST /cars/x/request | Content-Length: 65537; {LONG} | at most 65536
+        413 | POST /cars/x/request   | Content-Length: 65537; {LONG} | at most 65536
         415 | POST /cars/ann/request | Content-Type: text/plain  | application/json
-        200 | GET /cars              | X: y                      | Content-Length: 2
-        200 | GET /stations          | X: y                      | {"P1": {"station":
-        200 | GET /stations/P1       | X: y                      | {"ann": "held"}
-        200 | GET /status | Host: LOCALHOST:99; Host: [::1]:8081 | "requests": {"local":
-        200 | GET /city   | X: y                 | "server3": {"broker"
+        200 | GET /stations; GET /stations/P1 | Host: LOCALHOST:9 | {"ann": "held"}
+        200 | GET /city   | Host: [::1]:8081                     | "server3": {"broker"
         400 | GET /status | Host: evil.example:8081; Host: [     | not the host
-        404 | GET /x; GET /stations/P3; GET /cars/ann/request    | X: y | no such thing
-        501 | PUT /cars/ann/request  | X: y                      | PUT
+        401 | GET /       | Authorization: WRONG; Authorization: é | Basic realm
+        404 | GET /x; GET /stations/P3; DELETE /cars/bob/request | X: y | no such thing
+        501 | PUT /cars/ann/request    | X: y                    | PUT
         204 | DELETE /cars/ann/request | X: y                    | No Content
-        404 | DELETE /cars/ann/request | X: y                    | no such thing
-        200 | POST /cars/bob/request | {"at": "A", "range": 3} | "station": "P1"
-        """.replace("LONG", 9_999_999 * "n")
+        """.replace("LONG", 9_999_999 * "n").replace("WRONG", basic("secret"))
+    STORIES = """
+    * Mosquitto in place of the MQTT server: it is killed, too | mosquitto=1 P1=1 P3=1
+        ann request -> mosquitto dies -> P3 dies -> mosquitto comes_back; says running
+        P1 says serves:.0.of -> server1 says connection.lost Success -> P3 shows offline
+        ann leaves -> P1 shows -> zoe drives; says yes,.at.P1 zoe-.*charging
+        P1 dies; shows offline -> server1 dies; comes_back; says P1.*is.offline
+    """
+    HALVES = [b"\x10", connect()[:-1], b"GET /x HTTP/1.1\r\n", b'{"op": ']
+    REFUSED = [b"POST / HTTP/1.1\n", b"[]\n", b'{"key": ""}\n', b'{"key": "\\ud800"}\n',
+               b'{"key": ["s3cret"]}\n', b" " * 65_537]     # LINE comes after each
+
+    @classmethod
+    def setUpClass(cls):
+        """The demo takes 15 s; guests who say nothing stay for 10: both begin now."""
+        cls.demo = Part(sys.executable, HERE / "test_system.py", "--demo",
+                        start_new_session=True)
+        cls.city = City(key="s3cret", P1=1, P3=1, P5=1)
+        cls.addClassCleanup(cls.city.end)
+        cls.city.begin()
+        cls.city.cast["cloud"].says("listens")
+        said = [*map(random.Random(SEED).randbytes, range(0, 300, 6)), *cls.HALVES]
+        said += [first + cls.LINE for first in cls.REFUSED]
+        cls.guests = [cls.city.raw(f"server1 {door}", words) for words in said
+                      for door in ("mqtt", "http", "tcp")]
+        cls.end = time.monotonic() + 10 + SLACK
+        cls.asker = cls.city.raw("cloud port")
+        cls.asker.asks({"op": "city", "key": "s3cret"})
 
     def test_tcp(self):
-        """Many questions on one connection. The cloud searches from the asker's broker
-        on; reserve asks one broker alone. After what is no JSON object nothing is read,
-        as it may come from a browser that somebody else's page has sent here."""
-        self.begins(P1=1, P3=1, P5=1)
-        doors = "cloud port", "server2 tcp"
-        guests = {door: self.city.raw(door) for door in doors}
-        for where, question, holds in rows(self.TCP):
-            for words in question.split("; "):
-                answer = guests[where].asks(self.QUESTION | json.loads(words))
+        """Each answer; and a newcomer is turned away before descriptors run out."""
+        for door, questions, holds in rows(self.TCP):
+            for question in questions.split("; "):
+                answer = self.city.raw(door).asks(self.QUESTION | json.loads(question))
                 self.assertIn(holds, json.dumps(answer))
-        caller = cloud_server.Caller()
-        address = "127.0.0.1", self.city.brokers["server2"]["tcp"]
-        for _ in range(2):
-            caller.ask(address, {"op": "status"}, 5)
-            assert len(caller.kept[address]) == 1       # one connection is enough,
-            caller.kept[address][0].end = 0             # with new time each time
-        for first, answers in (b"POST / HTTP/1.1", 1), (b"[]", 1), (b" " * 65_537, 0):
-            told = self.city.raw("server1 tcp").closed(first + b"\n" + self.LINE)
-            self.assertEqual(told.count(b"\n"), answers, first[:9])
-
-    def test_who_has_asked_may_be_silent_for_longer(self):
-        [port] = free_ports(1)
-        self.patch(cloud_server, "GUEST_WAIT", 0.2)
-        node = mock.Mock(answer=lambda question: {})
-        door = cloud_server.Door("127.0.0.1", port, cloud_server.Lines, node)
-        threading.Thread(target=door.serve_forever, daemon=True).start()
-        self.addCleanup(door.server_close)
-        self.addCleanup(door.shutdown)
-
-        def guest():
-            connection = socket.create_connection(door.server_address, DEADLINE)
-            self.addCleanup(connection.close)
-            return RawClient(connection)
-        asker = guest()
-        asker.asks({})
-        guest().closed(b"{")        # which came later
-        few = mock.Mock(**{"getrlimit.return_value": (32, 99)})     # descriptors
-        self.patch(cloud_server, "resource", few)
-        guest().closed()
-        node.tell.assert_called_with("<-", "127.0.0.1",
-                                     "turned away: too many connections")
-        self.assertEqual(asker.asks({}), {})
+        self.assertRaisesRegex(OSError, "too many", cloud_server.Door.process_request,
+                               None, mock.Mock(fileno=lambda: 2**31), None)
 
     def test_http(self):
         """A second request, which hides behind each of them, is never answered."""
-
-        self.begins(P1=1, P3=1, P5=1)
-        cases = [(status, request, words.strip(), holds)
-                 for status, requests, them, holds in rows(self.HTTP)
-                 for request in requests.split("; ") for words in them.split("; ")]
-        for status, request, words, holds in cases:
-            is_body = words.startswith("{")
-            answer = self.city.http(request, *[words] if is_body else ["", words])
-            self.assertRegex(answer, rf"\AHTTP/1.0 {status} ", request)
-            self.assertIn(holds, answer)
-            self.assertEqual(answer.count("HTTP/1.0 "), 1)
-            self.assertEqual('"error": "' in answer, int(status) >= 400)
+        for status, lines, extras, holds in rows(self.HTTP):
+            for line, extra in itertools.product(lines.split("; "), extras.split("; ")):
+                body, header = (extra, "X: y") if extra[0] == "{" else ("", extra)
+                answer = self.city.http(line, body, header)
+                self.assertRegex(answer, rf"\AHTTP/1.0 {status} [^\0]*{holds}", line)
+                self.assertEqual(answer.count("HTTP/1.0 "), 1)
+                self.assertEqual('"error": "' in answer, int(status) >= 400)
 
     def test_page(self):
         """It needs nothing from outside; what others wrote stays text."""
-        self.begins(P1=1, P3=1)
         page = self.city.http("GET /")
         self.assertIn("Content-Type: text/html; charset=utf-8", page)
         self.assertNotRegex(page, r"""(src|href|url)\W{0,3}(https?:)?//""")
+        self.patch(cloud_server, "KEY", "s3cret")
         name = "<img src=x onerror=alert(1)>"
+        hello = connect(name, name, cloud_server.mqtt_password(name), flags=194)
         for to, doing in ("server2", "offline"), ("server1", "going"):  # it is alive
-            evil = self.city.raw(f"{to} mqtt", connect(name)).expect(WELCOME)
+            evil = self.city.raw(f"{to} mqtt", hello).expect(WELCOME)
             state = {"car": name, "at": "A", "battery": 5, "doing": doing}
             evil.publishes(f"{to}/cars/{name}/state", json.dumps(state))
         self.assertEqual(self.city.get("GET /cars"), {name: state})
-        self.city.request("ann")
         drawn = self.city.http("GET /map")
         self.assertNotIn("<img", drawn)
-        for part in ("&lt;img", "P1 ■ 0 ▄ 1 □ 0", "»", 'news="All parts answer"',
-                     'top: 12.0%; --own: hsl(375 70% 55%)"><b>P4'):     # at the top
+        for part in ("&lt;img", "P1 ■ 0 ▄ 0 □ 1", "»", 'news="All parts answer"',
+                     'top: 12.0%; --own: hsl(525 70% 55%)"><b>P6'):     # at the top
             self.assertIn(part, drawn)
 
-    def test_rush_hour_a_taken_port_and_nobody_who_listens(self):
-        self.begins(P1=1, P3=1, P5=1)
-        rush = self.city.start("test_system.py", "rush", "--rush", 200)
-        rush.says(r"refused +197 ", r"missing +0\b", r"double +0\b").ends(0)
-        again = self.city.start("broker.py", "again")
-        again.ends(2)
-        self.assertRegex(str(again), r"\A.* port \d+.*\Z")
-        line = f"timeout 1 {sys.executable} {HERE}/car.py --config {self.city.config}"
-        for end in ">&-", "| head -n 1":
-            told = subprocess.run(f"{line} {end}", shell=True, capture_output=True)
-            assert told.stderr == b""
-
     def test_the_key(self):
-        """Without it, or with another's proof of it, no door opens; with it all do."""
-        self.begins(key="s3cret", P1=1, P3=1)           # its own parts come in with it
+        """A proof of it opens the door to one client id alone; a rush comes in, too."""
         self.patch(cloud_server, "KEY", "s3cret")
-        proof = cloud_server.mqtt_password("car1")
-        for *words, code in (("car1", "car1", proof, 0), ("car1", "car2", proof, 5),
-                             ("car2", "car2", proof, 5)):
-            hello = connect(*words, flags=2 + 64 + 128)
+        for name, user in itertools.product(["car\n1", "car2"], repeat=2):
+            hello = connect(name, user, cloud_server.mqtt_password("car\n1"), flags=194)
+            code = 0 if name == user == "car\n1" else 5
             self.city.raw("server1 mqtt", hello).expect(ack("CONNACK", code))
-        for key in "", "secret", ["s3cret"], "\ud800", "s3cret":
-            answer = self.city.raw("cloud port").asks({"op": "city", "key": key})
-            assert (answer == {"error": "key"}) == (key != "s3cret")
-        wrong = b'{"op": "city", "key": "secret"}\n'     # there is one try
-        assert self.city.raw("cloud port").closed(wrong * 2) == b'{"error": "key"}\n'
-        for proof in basic("secret"), basic("", "s3cret"), "Bearer s3cret", "\xff":
-            answer = self.city.http("GET /", "", f"Authorization: {proof}")
-            self.assertRegex(answer, r"\AHTTP/1.0 401 [^\0]*WWW-Authenticate: Basic")
-        self.assertRegex(self.city.http("GET /"), r"\AHTTP/1.0 200 ")
-        assert self.city.request("ann").station == "P1"
-        assert self.city.request("bob").station == "P3"
-        self.plays("zoe drives; says zoe.*full")
-        self.assertNotIn("s3cret", str(self.city.cast))
+        self.city.start("test_system.py", "rush", "--rush", 200).ends(0)
+        self.assertNotIn("s3cret", str(self.city.cast["server1"].lines))
+
+    def test_who_says_nonsense_or_nothing(self):
+        """They are gone after 10 s, without an offer; who has asked before may stay."""
+        for guest in self.guests:
+            guest.socket.settimeout(max(0.1, self.end - time.monotonic()))
+            self.assertNotIn(b'"station"', guest.closed())
+        assert self.asker.asks({"op": "city", "key": "s3cret"})["brokers"]["server1"]
+        for line in self.city.cast["server1"].lines:
+            self.assertRegex(line, r"\A\d\d:\d\d:\d\d  ")       # one line per event
+
+    @unittest.skipUnless(SIGNALS, "this system has no process groups")
+    def test_zz_the_demo(self):
+        """To its end; or until Ctrl-C, which reaches every process of it."""
+        self.demo.says("Case 1", "Case 2", "Case 3", "All three cases")
+        cut_short = Part(*self.demo.command, start_new_session=True)
+        os.killpg(cut_short.says("car1 .* asks").process.pid, signal.SIGINT)
+        for demo in self.demo, cut_short:
+            demo.ends(0, 5 + SLACK)
+            demo.is_well()
+            with self.assertRaises(ProcessLookupError):     # no process is left
+                os.killpg(demo.process.pid, 0)
 
 
 # --- Anything may die: the drills -----------------------------------------------------
