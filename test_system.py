@@ -1546,9 +1546,10 @@ class Doors(Story):
             state = {"car": name, "at": "A", "battery": 5, "doing": doing}
             evil.publishes(f"{to}/cars/{name}/state", json.dumps(state))
         self.assertEqual(self.city.get("GET /cars"), {name: state})
+        self.city.request("ann")
         drawn = self.city.http("GET /map")
         self.assertNotIn("<img", drawn)
-        for part in ("&lt;img", "P1 ■ 0 ▄ 0 □ 1", "»", 'news="All parts answer"',
+        for part in ("&lt;img", "P1 ■ 0 ▄ 1 □ 0", "»", 'news="All parts answer"',
                      'top: 12.0%; --own: hsl(525 70% 55%)"><b>P6'):     # at the top
             self.assertIn(part, drawn)
 
@@ -1588,138 +1589,59 @@ class Doors(Story):
 
 @unittest.skipUnless(SIGNALS, "this system has no SIGKILL, SIGSTOP and SIGCONT")
 class Drills(Story):
-    """Each promise of the city, while its parts die, hang and come back.
-
-    `ann gets P3 1.5 server1 server2`: she is offered P3 after 1.5 s and not much later,
-    and these brokers were asked.
-    """
-    STORIES = """
+    """Each promise of the city, while its parts die, hang and come back. (`ann gets P3
+    1.5 server1 server2`: a spot at P3, after 1.5 s; these brokers were asked.)"""
+    STORIES = r"""
     * The next broker hangs, or is dead; and then the cloud | P1=1 P3=1 P5=4
         ann gets P1 -> bob gets P3 0 server1 server2
-        assert self.city.get("GET /status")["requests"]["ring"] == 1
         server2 dies; comes_back -> P3 shows bob-held -> bob gets P3 0 server1 server2
         server2 freezes -> cid gets P5 1.5 server1 server2 server3
         dan gets P5 0 server1 server3           # who was silent is left out
         server2 dies -> cloud dies; comes_back; says listens
-        eve gets P5 0 server1 server2 server3
-        cloud says server2.*skipped:.*refused
-        assert "No answer from server2" in self.city.http("GET /map")
-        cloud dies -> fay gets P5
-        assert re.search("the cloud(.|\\n)*<td>server1", self.city.http("GET /map"))
+        eve gets P5 0 server1 server2 server3 -> cloud says server2.*skipped:.*refused
+        cloud dies -> fay gets P5 -> P1 dies; shows offline
+        >>> self.drawn = self.city.http("GET /map")
+        assert re.search("the cloud.+P1 no answer.+local 1 / ring 6", self.drawn)
+    * The cloud hangs: forty wait for it, but once; ann, nearby, does not notice
+        ann gets P1 -> cloud says listens; freezes
+        test_system.py start crowd --rush 40 -> server1 says no.spot.here -> ann gets P1
+        crowd says refused.+40.+.[4-6]\d\d\d\.\d.ms$; ends 0     # even the slowest
     * A station dies: it remembers its cars, unless its broker dies, too | P1=1
         bob gets P1 -> P1 dies; shows offline; comes_back; says serves:.0.of.1
-        server1 dies; comes_back; says P1.*is.online -> P1 shows bob-held; dies
-        server1 dies; comes_back; says serves -> P1 comes_back; says serves:.1.of.1
-        zoe drives battery=5; says zoe-.*charging -> P1 dies
-        server1 dies; comes_back -> P1 comes_back; shows zoe-charging
-        P1 stop -> server1 says P1.*said.goodbye        # it needs no will
-        assert "P1 no answer" in self.city.http("GET /map")
-    * A station is started twice: the older one ends, with one line | P1=1
-        ann gets P1
-        >>> self.city.cast["older"] = self.city.cast["P1"]
-        >>> self.city.start("station.py", "P1", "P1")
-        older says was.started.again; ends 2
-        P1 says serves:.0.of.1 serves:.0.of.1 -> bob gets nothing
-    * A broker stops at work; and its station, which hung, after it | P1=1
-        ann gets P1 -> P1 freezes -> ann leaves -> P1 shows    # as a courtesy
-        assert self.city.get("GET /stations/P1")["free"] == 1
-        >>> for _ in range(20): self.city.raw("server1 tcp", Doors.LINE)
-        server1 says x-1.asks; stop
-    * Mosquitto in place of the MQTT server: it is killed, too | mosquitto=1 P1=1 P3=1
-        ann gets P1 -> bob gets P3 -> mosquitto dies -> P3 dies
-        mosquitto comes_back; says running -> P1 says serves:.0.of
-        server1 says connection.lost Success -> P3 shows offline -> cid gets nothing
-        zoe drives; says full -> ann leaves -> P1 shows
-        zoe says yes,.at.P1 zoe-.*charging
-        P1 dies; shows offline -> server1 dies; comes_back; says P1.*is.offline
+        server1 dies; comes_back; says P1.*is.online -> P1 shows bob-held
+        bob leaves -> zoe drives battery=5; says zoe-.*charging -> P1 dies
+        server1 dies; comes_back -> P1 comes_back; says serves:.1.of.1
+        P1 shows zoe-charging; stop -> server1 says P1.*said.goodbye    # without a will
+    * A part is started twice; or it is stopped, while it waits for others that hang
+        ann gets P1 -> station.py start newer P1 -> P1 says was.started.again; ends 2
+        newer says serves:.0.of.1 serves:.0.of.1 -> bob gets nothing
+        broker.py start again -> again says ^cannot.listen.*port.\d; ends 2
+        newer freezes -> ann leaves -> P1 shows     # as a courtesy
+        cloud says listens; freezes -> zoe drives -> server1 says zoe-.*no.spot; stop
     """
     STRIKES = """
-        cloud P1 P2 P3 P4 P5 P6 | dies                          | comes_back
-        cloud P1 P2 P3 P4 P5 P6 | freezes                       | thaws
+        cloud P1 P3 P5          | dies                          | comes_back
+        P1 P3 P5                | freezes                       | thaws
         server1 server2 server3 | dies; comes_back; says serves | is_well
         """
-    SILENT = [("mqtt", b""), ("mqtt", b"\x10"), ("mqtt", connect()[:-1]), ("http", b""),
-              ("http", b"GET /x HTTP/1.1\r\n"), ("tcp", b""), ("tcp", b'{"op": ')]
-
-    @classmethod
-    def setUpClass(cls):
-        """The demo takes 15 s, who says nothing is closed after 10: both begin now."""
-        cls.demo = cls.begins_demo()
-        cls.guests = City(P1=1)
-        cls.addClassCleanup(cls.guests.end)
-        cls.guests.begin()
-        cls.began = time.monotonic()
-        cls.silent = [cls.guests.raw(f"server1 {door}", said)
-                      for door, said in cls.SILENT]
-
-    @staticmethod
-    def begins_demo():
-        return Part(sys.executable, HERE / "test_system.py", "--demo",
-                    start_new_session=True)
 
     def gets(self, car, station, least=0, *asked, **how):
         reply = self.city.request(car, **how)
         self.assertEqual(reply.station or "nothing", station, reply)
         assert least <= reply.took < least + SLACK, reply
-        if asked:
-            self.assertEqual(reply.asked, [*asked])
-
-    def test_the_cloud_hangs(self):
-        """Fifty wait for it, once; who can be served nearby does not notice."""
-        self.plays("city begins P1=1 P3=1 \n cloud freezes")
-        with concurrent.futures.ThreadPoolExecutor(50) as crowd:
-            cars = [f"c{n}" for n in range(50)]
-            replies = crowd.map(lambda car: self.city.request(car, "C", 1.5), cars)
-            self.plays("ann gets P1 range=1.5 \n" * 9)
-        assert [reply.asked for reply in replies] == 50 * [["server1", "server2"]]
-        assert len(self.city.state("P3")) == 1
-        self.plays("bob gets nothing at=C range=1.5 \n cloud thaws")
+        self.assertEqual(reply.asked, [*asked] or reply.asked)
 
     def test_the_storm(self):
-        """Rush hour again and again, while a part is dead, or hangs, or is just back:
-        each car hears in time, no spot is promised to two, and all are free then."""
-        self.begins(P1=1, P2=2, P3=1, P4=2, P5=1, P6=2)
+        """Rush hour again and again, while a part is dead, hangs, or is just back."""
+        self.begins(P1=2, P3=1, P5=1)
         dice = random.Random(SEED)
         end = time.monotonic() + STORM
         while time.monotonic() < end:
             parts, strike, undo = dice.choice(rows(self.STRIKES))
             part = dice.choice(parts.split())
-            self.plays(f"{part} {strike}")
-            with redirect_stdout(io.StringIO()) as told:
-                status = rush(ring.load(self.city.config), 30)
-            assert status == 0, f"{part} {strike}: {told.getvalue()}"
-            self.plays(f"{part} {undo}")
+            self.plays(f"{part} {strike} -> test_system.py start rush --rush 30")
+            self.plays(f"rush ends 0 -> {part} {undo}")     # none is late, none double
             wait_until(self.city.gives_back, f"all free after {part} {strike}")
-
-    def test_noise_and_silence(self):
-        """Random bytes at each door. Who says nothing whole is closed after 10 s."""
-        dice = random.Random(SEED)
-        noises = [connect("e\nve"), b"GET /" + b"x" * 70_000,
-                  b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 500]
-        noises += [dice.randbytes(dice.randrange(1, 300)) for _ in range(100)]
-        for noise in noises:
-            for door in "server1 mqtt", "server1 http", "server1 tcp", "cloud port":
-                client = self.guests.raw(door)
-                with suppress(OSError):     # it may hang up at once
-                    client.vanish(noise)
-                client.socket.close()
-        for line in self.guests.cast["server1"].lines + self.guests.cast["cloud"].lines:
-            self.assertRegex(line, r"\A\d\d:\d\d:\d\d  ")       # one line per event
-        for client in self.silent:
-            left = self.began + 10 + SLACK - time.monotonic()
-            client.socket.settimeout(max(0.1, left))
-            client.closed()
-
-    def test_zz_the_demo(self):
-        """To its end; or until Ctrl-C, which reaches every process of it."""
-        self.demo.says("Case 1", "Case 2", "Case 3", "All three cases")
-        interrupted = self.begins_demo().says("car1 .* asks")
-        os.killpg(interrupted.process.pid, signal.SIGINT)
-        for demo in self.demo, interrupted:
-            demo.ends(0, 5 + SLACK)
-            demo.is_well()
-            with self.assertRaises(ProcessLookupError):     # no process is left
-                os.killpg(demo.process.pid, 0)
 
 
 def main():
