@@ -1,24 +1,18 @@
 """The tests: short stories about the city, from its smallest part to all of it.
 
-    python3 test_system.py                    all of it, simplest first
+    python3 test_system.py                    all of it
     python3 -m unittest test_system.Drills    a chapter of it; with -v story by story,
                                               with -k WORD those with it in the title
     STORM=60 SEED=7 python3 test_system.py    the storm for a minute, with these numbers
     python3 test_system.py --demo             the whole city in one terminal, as a story
     python3 test_system.py --rush 1000        rush hour in the city that runs
 
-Chapters: one function at a time; one part at a time, the MQTT server among them, in a
-city without processes, whose time only the test moves; one conversation at each door;
-what happens when anything dies, in a city of real processes on free ports.
-
-Nothing sleeps: a test waits until something is so, and fails when its deadline is over.
-Where the city promises a number of seconds the tests allow SLACK more, for a busy
-machine.
-
-Most stories are texts: a title with a *, and below it who does what -> and what comes
-of it. `P1 dies; comes_back` are two steps of P1: a verb, which is a method of the
-chapter, of the city or of P1 itself, and its words. After >>> comes Python, and an
-assert is Python, too. (`>>> self.assertEqual(...)` also tells what was found.)
+Nothing sleeps: a test waits until something is so, and fails when its deadline is over,
+SLACK later than the city promises. Most stories are texts: a title with a *, and below
+it who does what -> and what comes of it. `P1 dies; comes_back` are two steps of P1: a
+verb, which is a method of the chapter, of the city or of P1 itself, and its words.
+After >>> comes Python, and an assert is Python, too. (`>>> self.assertEqual(...)` also
+tells what was found.)
 
 Read next: the story that interests you. Left out on purpose: how fast things are.
 """
@@ -30,6 +24,7 @@ import base64
 import collections
 import concurrent.futures
 import copy
+import functools
 import heapq
 import io
 import itertools
@@ -49,12 +44,10 @@ import tempfile
 import threading
 import time
 import unittest
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
-
-EV_KEY = os.environ.pop("EV_KEY", "")       # the city of these tests has open doors
 
 import broker
 import car
@@ -73,13 +66,8 @@ MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH')}:/usr/sbin"
 
 def setUpModule():
     print(f"random numbers of this run: SEED={SEED}", file=sys.stderr)
-
-
-def load_tests(loader, tests, pattern):
-    """In the order of this file, where unittest would take the alphabet's."""
-    found = [case for case in globals().values()
-             if isinstance(case, type) and issubclass(case, unittest.TestCase)]
-    return unittest.TestSuite(map(loader.loadTestsFromTestCase, found))
+    cloud_server.KEY = broker.KEY = ""      # the city of these tests has open doors
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # so its parts end, too
 
 
 def wait_until(condition, what, seconds=DEADLINE):
@@ -101,11 +89,6 @@ def rows(table):
             for line in table.strip().splitlines()]
 
 
-def stories(text):
-    """[title, its lines] of each story in a text."""
-    return [story.partition("\n")[::2] for story in re.split(r"(?m)^ *\* ", text)[1:]]
-
-
 def meaning(word):
     """A number, or another value of JSON, or the word itself."""
     with suppress(ValueError):
@@ -113,21 +96,39 @@ def meaning(word):
     return word
 
 
-class Stage:
-    """Where stories are played: by the methods of this stage, of its city, or of whom
-    the line tells (city.cast["P1"])."""
+class Story(unittest.TestCase):
+    """A chapter: each story of its text is a test, in a city of its own, which stands
+    behind its title (P1=1: that is all of it)."""
+    STORIES = ""
     city = None
+
+    def __init_subclass__(cls):
+        for story in re.split(r"(?m)^ *\* ", cls.STORIES)[1:]:
+            heading, _, lines = story.partition("\n")
+            title, _, city = heading.partition(" | ")
+            name = "_".join(re.findall(r"\w+", title.lower()))
+
+            @unittest.skipIf("mosquitto" in city and not MOSQUITTO, "no mosquitto here")
+            def test(self, story=f"city begins {city or 'P1=1'}\n{lines}"):
+                self.plays(story)
+            setattr(cls, f"test_{name:.60}", test)
+
+    def begins(self, _="city", **how):
+        self.city = City(**how)
+        self.cast = self.city.cast
+        self.addCleanup(self.city.end)
+        self.city.begin()
 
     def plays(self, story):
         for line in story.strip().splitlines():
             told, _, _ = line.strip().partition(" # ")
             try:
-                if told.startswith(("assert ", ">>> ")):
+                if told.startswith("==="):
+                    logging.info(told)
+                elif told.startswith(("assert ", ">>> ")):
                     exec(told.removeprefix(">>> "), globals(), {"self": self})
                 else:
                     self.play_line(told)
-            except unittest.SkipTest:
-                raise
             except Exception as fault:
                 raise AssertionError(f"{told}\n{fault!r}") from None
 
@@ -142,34 +143,11 @@ class Stage:
                          **{key: meaning(word) for key, word in named})
 
     def act(self, who, verb, *words, **named):
-        if hasattr(self, verb):
-            getattr(self, verb)(who, *words, **named)
-        elif self.city:
-            self.city.act(who, verb, *words, **named)
+        act = getattr(self, verb, getattr(self.city, verb, None))
+        if act:
+            act(who, *words, **named)
         else:
             getattr(self.cast[who], verb)(*words, **named)
-
-
-class Story(Stage, unittest.TestCase):
-    """A chapter: each story of its text is a test, in a city of its own, which stands
-    behind its title (P1=1: that is all of it)."""
-    STORIES = ""
-
-    def __init_subclass__(cls):
-        for title, story in stories(cls.STORIES):
-            title, _, city = title.partition(" | ")
-            name = "_".join(re.findall(r"\w+", title.lower()))
-            story = f"city begins {city or 'P1=1'}\n{story}"
-            setattr(cls, f"test_{name:.60}",
-                    lambda self, story=story: self.plays(story))
-
-    def begins(self, _="city", **how):
-        """A city for this story alone."""
-        if "mosquitto" in how and not MOSQUITTO:
-            self.skipTest("there is no mosquitto to be found")
-        self.city = City(**how)
-        self.addCleanup(self.city.end)
-        self.city.begin()
 
     def patch(self, *where):
         patch = mock.patch.object(*where)
@@ -220,8 +198,6 @@ class Clock:
 
 class Part:
     """A process, and the lines that it has told so far."""
-    show = None         # it is told each of them, too
-
     def __init__(self, *command, **popen):
         self.command = [*map(str, command)]
         self.popen = popen
@@ -230,22 +206,18 @@ class Part:
         atexit.register(self.erase)     # whatever happens to the tests
 
     def comes_back(self):
-        """Start it, or start it again."""
         self.read = len(self.lines)     # what it said before counts no more
-        self.gone = False               # True: it has ended, and was meant to
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", **self.popen)
-        self.listener = threading.Thread(target=self.listen, daemon=True,
-                                         args=[self.process.stdout])
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", **self.popen)
+        self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
 
-    def listen(self, output):
-        with output:
+    def listen(self):
+        with self.process.stdout as output:
             for line in output:
                 self.lines.append(line.rstrip())
-                if Part.show:
-                    Part.show(line.rstrip())
+                logging.info(line.rstrip())     # which the demo shows
 
     def says(self, *patterns):
         """Wait until it has said these, one after the other, after what came before."""
@@ -254,21 +226,19 @@ class Part:
         return self
 
     def has_said(self, pattern):
-        over = not self.listener.is_alive()
         while self.read < len(self.lines):
             self.read += 1
             if re.search(pattern, self.lines[self.read - 1]):
                 return True
-        assert not over, f"it ended without {pattern}: {self}"
 
     def __repr__(self):
         return "\n".join(self.lines[-40:])
 
     def ends(self, status, seconds=DEADLINE):
-        self.gone = True
         found = self.process.wait(seconds)
         self.listener.join()
         assert found == status, f"ended with {found}: {self}"
+        self.is_well()
 
     def dies(self):
         """As a power cut would: no goodbye, no clean-up."""
@@ -284,18 +254,16 @@ class Part:
         self.process.send_signal(signal.SIGCONT)
 
     def is_well(self):
-        """It is alive if it should be, and no bug has shown."""
-        assert self.gone or self.process.poll() is None, f"has ended: {self}"
+        """No bug has shown."""
         assert "Traceback" not in str(self.lines), "\n".join(self.lines)
 
     def stop(self):
         """The way a user stops it: it ends at once, with exit status 0."""
-        self.is_well()
-        if SIGNALS and not self.gone:
-            self.thaws()                # its story may have ended early
+        if self.process.returncode is None:     # it did not end in its story
+            assert self.process.poll() is None, f"has ended: {self}"
+            self.thaws()
             self.process.send_signal(random.choice([signal.SIGTERM, signal.SIGINT]))
             self.ends(0, 2 + SLACK)
-            self.is_well()
 
     def erase(self):
         self.process.terminate()        # the demo ends its own parts
@@ -303,7 +271,17 @@ class Part:
             self.process.wait(5)
         self.process.kill()
         self.process.wait()
-        self.listener.join()
+
+
+#   P2            P4            P6          from A to P1 1 km, P2 2 km, P3 6 km,
+#   |             |             |           P4 8 km, P5 11 km, P6 14 km
+#   A--P1 . . . . C--P3 . . . . E--P5 . . . . F . . . . . . . . G
+#   (the dotted roads from A to C, E, F and G are 5, 5, 30 and 70 km long)
+PLACES = {"server1": {"A": [0, 0], "P1": [1, 0], "P2": [0, 2]},
+          "server2": {"C": [5, 0], "P3": [6, 0], "P4": [5, 3]},
+          "server3": {"E": [10, 0], "P5": [11, 0], "P6": [10, 4],
+                      "F": [40, 0], "G": [110, 0]}}
+ROADS = "A-P1 A-P2 A-C C-P3 C-P4 C-E E-P5 E-P6 E-F F-G"
 
 
 def free_ports(count):
@@ -314,67 +292,45 @@ def free_ports(count):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.add(port)
-    return list(found)
-
-
-#   P2            P4            P6          from A to P1 1 km, P2 2 km, P3 6 km,
-#   |             |             |           P4 8 km, P5 11 km, P6 14 km
-#   A--P1 . . . . C--P3 . . . . E--P5 . . . . F . . . . . . . . G
-#   (the dotted roads from A to C, E, F and G are 5, 5, 30 and 70 km long)
-PLACES = json.loads("""{
-    "server1": {"A": [0, 0], "P1": [1, 0], "P2": [0, 2]},
-    "server2": {"C": [5, 0], "P3": [6, 0], "P4": [5, 3]},
-    "server3": {"E": [10, 0], "P5": [11, 0], "P6": [10, 4], "F": [40, 0], "G": [110, 0]}
-    }""")
-ROADS = "A-P1 A-P2 A-C C-P3 C-P4 C-E E-P5 E-P6 E-F F-G"
+    return found
 
 
 def describe(ports=range(5000, 5010), **spots):
     """A servers.json with these stations (P1=2: two spots), and their brokers."""
-    [cloud, *ports] = ports
-    brokers = []
-    found = {}
-    for name, places in PLACES.items():
-        if places.keys() & spots:
-            [mqtt, http, tcp, *ports] = ports
-            brokers.append({"name": name, "host": "127.0.0.1", "mqtt": mqtt,
-                            "http": http, "tcp": tcp})
-            for place, at in places.items():
-                found[place] = {"at": at, "broker": name}
+    cloud, *ports = ports
+    brokers = [name for name, places in PLACES.items() if places.keys() & spots]
+    places = {place: {"at": at, "broker": name}
+              for name in brokers for place, at in PLACES[name].items()}
     for place, count in spots.items():
-        found[place]["spots"] = count
-    roads = [road for road in map(lambda road: road.split("-"), ROADS.split())
-             if found.keys() >= {*road}]
-    return {"cloud": {"host": "127.0.0.1", "port": cloud}, "brokers": brokers,
-            "places": found, "roads": roads}
+        places[place]["spots"] = count
+    roads = [road.split("-") for road in ROADS.split()]
+    return {"cloud": {"host": "127.0.0.1", "port": cloud},
+            "brokers": [{"name": name, "host": "127.0.0.1", "mqtt": ports.pop(),
+                         "http": ports.pop(), "tcp": ports.pop()} for name in brokers],
+            "places": places,
+            "roads": [road for road in roads if places.keys() >= {*road}]}
 
 
-class City(Stage):
-    """A cloud, brokers and stations that run, each in a process of its own.
-
-    cast["P1"], cast["server1"], cast["cloud"] are the parts, to be killed and frozen.
-    """
+class City:
+    """A cloud, brokers and stations that run, each in its own process (its cast)."""
     def __init__(self, key="", mosquitto=False, **spots):
         self.key = key
+        self.options = ["--external-mqtt"] if mosquitto else []
+        self.spots = spots
         self.file = describe(free_ports(10), **spots)
         self.brokers = {entry["name"]: entry for entry in self.file["brokers"]}
-        self.spots = spots
-        self.options = []
-        if mosquitto:       # one for all brokers
-            self.options = ["--external-mqtt"]
-            for entry in self.file["brokers"]:
-                entry["mqtt"] = self.brokers["server1"]["mqtt"]
-        self.environment = os.environ | {"EV_KEY": key}
-        self.folder = tempfile.TemporaryDirectory()
-        self.config = Path(self.folder.name, "servers.json")
-        self.config.write_text(json.dumps(self.file))
         self.cast = {}
-        self.connections = []
+        self.leftovers = ExitStack()
+        folder = self.leftovers.enter_context(tempfile.TemporaryDirectory())
+        self.config = Path(folder, "servers.json")
 
     def begin(self):
-        if self.options:
-            mosquitto = MOSQUITTO, "-p", self.brokers["server1"]["mqtt"]
-            self.cast["mosquitto"] = Part(*mosquitto).says("running")
+        if self.options:        # one MQTT server for all brokers
+            port = self.brokers["server1"]["mqtt"]
+            for entry in self.file["brokers"]:
+                entry["mqtt"] = port
+            self.cast["mosquitto"] = Part(MOSQUITTO, "-p", port).says("running")
+        self.config.write_text(json.dumps(self.file))
         self.start("cloud_server.py", "cloud")
         for name in self.brokers:
             self.start("broker.py", name, name, *self.options)
@@ -386,35 +342,24 @@ class City(Stage):
             self.shows(name)
 
     def start(self, script, name, *options):
-        self.cast[name] = Part(sys.executable, HERE / script, *options,
-                                "--config", self.config, env=self.environment)
+        self.cast[name] = Part(sys.executable, HERE / script, *options, "--config",
+                               self.config, env=os.environ | {"EV_KEY": self.key})
         return self.cast[name]
 
     def end(self):
-        """Each part is well, and ends at once when it is told to."""
-        try:
-            for part in reversed(self.cast.values()):      # the cloud comes last
+        """Each part is well, and ends at once when it is told to; the cloud last."""
+        with self.leftovers:
+            for part in self.cast.values():
+                self.leftovers.callback(part.erase)
+            for part in reversed(self.cast.values()):
                 part.stop()
-        finally:
-            self.erase()
-
-    def erase(self):
-        Part.show = None        # how they miss each other now tells nothing
-        for part in self.cast.values():
-            part.process.terminate()
-        for part in self.cast.values():
-            part.erase()
-        for connection in self.connections:
-            connection.close()
-        self.folder.cleanup()
 
     def raw(self, door, *packets):
         """A connection to one of them: `server1 mqtt`, http or tcp, or `cloud port`."""
         to, name = door.split()
-        port = (self.brokers | self.file)[to][name]
-        connection = socket.create_connection(("127.0.0.1", port), DEADLINE)
-        self.connections.append(connection)
-        return RawClient(connection, *packets)
+        address = "127.0.0.1", (self.brokers | self.file)[to][name]
+        connection = socket.create_connection(address, DEADLINE)
+        return RawClient(self.leftovers.enter_context(connection), *packets)
 
     def http(self, request, body="", *headers, to="server1"):
         """The whole answer, as it came. A second request hides behind each one."""
@@ -423,16 +368,12 @@ class City(Stage):
         if body:
             lines.append(f"Content-Length: {len(body)}")
         lines += ["", f"{body}GET /hidden HTTP/1.1", "", ""]
-        client = self.raw(f"{to} http")
-        answer = client.closed("\r\n".join(lines).encode()).decode()
-        client.socket.close()
-        return answer
+        said = "\r\n".join(lines).encode()
+        return self.raw(f"{to} http").closed(said).decode()
 
     def get(self, request, body="", to="server1"):
-        answer = self.http(request, body, to=to)
-        if not answer:
-            raise ConnectionError(f"{to} has hung up")
-        return json.loads(answer.partition("\r\n\r\n")[2])
+        _, _, answer = self.http(request, body, to=to).partition("\r\n\r\n")
+        return json.loads(answer)
 
     def state(self, station):
         """["bob-held", ...], or ["offline"]"""
@@ -441,10 +382,10 @@ class City(Stage):
         cars = [f"{car}-{use}" for car, use in state["cars"].items()]
         return cars if state["online"] else ["offline"]
 
-    def request(self, car, at="A", range=50, to="server1", **more):
+    def request(self, car, at="A", range=50, to="server1"):
         """The reply to a car's request, and what it `took`, in seconds: at most 9."""
         began = time.monotonic()
-        wish = json.dumps({"at": at, "range": range} | more)
+        wish = json.dumps({"at": at, "range": range})
         reply = self.get(f"POST /cars/{car}/request", wish, to)
         took = time.monotonic() - began
         assert took < 9 + SLACK, reply
@@ -480,9 +421,6 @@ def basic(key, user="me"):
 
 # --- MQTT by hand: bytes, and one end of a connection ---------------------------------
 
-HANDSHAKE = [[], ["PUBACK"], ["PUBREC", "PUBREL", "PUBCOMP"]]   # after PUBLISH, by QoS
-
-
 def text(value):
     return broker.pack(len(value.encode())) + value.encode()
 
@@ -497,9 +435,8 @@ def publish(topic, payload="x", qos=0, retain=0, dup=0, id=1):
     """The payload `-` is an empty one."""
     if isinstance(payload, str):
         payload = payload.strip("-").encode()
-    message = broker.Message(topic, payload, qos, retain)
-    packet = broker.encode_publish(message, qos, id)
-    return bytes([packet[0] + 8 * dup]) + packet[1:]
+    return broker.encode(broker.PUBLISH + 8 * dup + 2 * qos + retain, text(topic),
+                         broker.pack(id) if qos else b"", payload)
 
 
 def ack(kind, id, *codes):
@@ -511,13 +448,10 @@ def subscribe(*filters, qos=0):
     return ack("SUBSCRIBE", 9, *b"".join(text(name) + bytes([qos]) for name in filters))
 
 
-def encoded(packet):
-    return broker.encode(packet.first, packet.getvalue())
-
-
 PING, PONG, GOODBYE = [broker.encode(kind) for kind in (
     broker.PINGREQ, broker.PINGRESP, broker.DISCONNECT)]
 WELCOME = ack("CONNACK", 0)
+HANDSHAKE = [[], ["PUBACK"], ["PUBREC", "PUBREL", "PUBCOMP"]]   # after PUBLISH, by QoS
 
 
 class RawClient:
@@ -527,8 +461,8 @@ class RawClient:
     def __init__(self, connection, *first):
         self.socket = connection
         self.buffer = bytearray()
-        self.early = []     # messages that came while something else was awaited
-        self.ids = []       # the packet ids of those that were heard
+        self.came = {True: [], False: []}       # messages; other packets
+        self.ids = []       # the packet ids of the messages that were heard
         self.send(*first)
 
     def send(self, *packets):
@@ -547,6 +481,7 @@ class RawClient:
             self.send(*last)
             while self.receive():
                 pass
+        self.socket.close()
         return bytes(self.buffer)
 
     def vanish(self, *last):
@@ -554,8 +489,7 @@ class RawClient:
         self.send(*last).socket.shutdown(socket.SHUT_WR)
         self.closed()
 
-    def goes(self):
-        self.vanish(GOODBYE)
+    goes = functools.partialmethod(vanish, GOODBYE)
 
     def asks(self, request):
         """The answer to a line of JSON."""
@@ -565,46 +499,47 @@ class RawClient:
         line, _, self.buffer = self.buffer.partition(b"\n")
         return json.loads(line)
 
-    def packet(self):
-        while True:
+    def packet(self, is_message=False):
+        """The next message, or the next one of the others."""
+        while not self.came[is_message]:
+            came = bytes(self.buffer)
             packet = broker.take_packet(self.buffer)
             if packet:
-                return packet
-            assert self.receive(), "the server has closed the connection"
+                packet.bytes = came[:len(came) - len(self.buffer)]
+                self.came[packet.first in broker.PUBLISHES].append(packet)
+            else:
+                assert self.receive(), "the server has closed the connection"
+        return self.came[is_message].pop(0)
 
     def expect(self, *packets):
-        """These come, in this order; messages between them are put aside."""
+        """These come, in this order, and maybe messages."""
         for expected in packets:
-            got = self.packet()
-            while encoded(got) != expected:
-                assert got.first in broker.PUBLISHES, f"{got.first}, not {expected}"
-                self.early.append(got)
-                got = self.packet()
+            got = self.packet().bytes
+            assert got == expected, f"{got}, not {expected}"
         return self
 
-    def message(self):
-        return self.early.pop(0) if self.early else self.packet()
-
-    def reply(self):
-        """The next message, of QoS 0: its JSON."""
-        message = self.message()
-        message.topic()
-        return json.loads(message.read())
-
     def hears(self, topic, payload="x", qos=0, retain=0, dup=0, again=0):
-        """This is the next message; returns its packet id. again=2: the message before
-        the last one had the same."""
-        got = self.message()
-        body = got.getvalue()
-        id = int.from_bytes(body[2 + len(topic):][:2], "big")
-        expected = publish(topic, payload, qos, retain, dup, id)
-        assert encoded(got) == expected, f"heard {body}"[:300]
-        assert not again or id == self.ids[-again], f"not the old id: {id}"
-        self.ids.append(id)
-        return id
+        """This is the next message. again=2: the one before the last one had its id."""
+        got = self.packet(is_message=True)
+        got.topic()
+        self.ids.append(got.number() if qos else 0)
+        expected = publish(topic, payload, qos, retain, dup, self.ids[-1])
+        assert got.bytes == expected, f"heard {got.bytes}"[:300]
+        assert not again or self.ids[-1] == self.ids[-1 - again], "not the old id"
 
     def takes(self, topic, payload="x", qos=0, retain=0):
-        self.settle(qos, self.hears(topic, payload, qos, retain))
+        self.hears(topic, payload, qos, retain)
+        self.settle(qos, self.ids[-1], self.gives, self.gets)
+
+    def publishes(self, *words, qos=0, **flags):
+        self.sends(*words, qos=qos, **flags)
+        self.settle(qos, 1, self.gets, self.gives)
+        self.send(PING).expect(PONG)
+
+    def settle(self, qos, id, *turns):
+        """The handshake for a message: its acknowledgements come in turns."""
+        for kind, act in zip(HANDSHAKE[qos], itertools.cycle(turns)):
+            act(kind, id)
 
     def sends(self, *words, **flags):
         self.send(publish(*words, **flags))
@@ -616,17 +551,6 @@ class RawClient:
     def gets(self, kind, id=0):
         self.expect(ack(kind, id or self.ids[-1]))
 
-    def settle(self, qos, id, sender=False):
-        """Our part of the handshake for a message."""
-        for step, kind in enumerate(HANDSHAKE[qos], start=sender):
-            act = self.gets if step % 2 else self.gives
-            act(kind, id)
-
-    def publishes(self, *words, qos=0, **flags):
-        self.sends(*words, qos=qos, **flags)
-        self.settle(qos, 1, sender=True)
-        self.send(PING).expect(PONG)
-
     def subscribes(self, name, qos=0):
         return self.send(subscribe(name, qos=qos)).expect(ack("SUBACK", 9, qos))
 
@@ -636,127 +560,110 @@ class RawClient:
     def quiet(self):
         """The server lives, and had nothing more to say to us."""
         self.send(PING).expect(PONG)
-        assert not self.early, f"unexpected: {self.early[0].getvalue()}"[:300]
+        assert not self.came[True], f"unexpected: {self.came[True][0].bytes}"[:300]
 
 
 # --- The demo, and rush hour ----------------------------------------------------------
 
 DEMO = """
-    * Case 1: car1 asks server1, which has a free spot
-        car1 drives speed=4 charges=1 -> P1 says <-.car1.*charging
-    * Case 2: server1 is full, and soon server2, too: car2 takes its spot
-        car2 drives at=C speed=4 charges=1 -> P3 says <-.car2.*charging
-    * ... so car3, which asks server1, is sent on to server3
-        car3 drives battery=24 speed=4 charges=1
-        cloud says ->.server2.+car3- -> P5 says <-.car3.*charging
-    * Case 3: no spot is free anywhere: car4 waits until car1 leaves
-        car4 drives speed=4 charges=1; says full
-        P1 says <-.car1.*leaves <-.car4.*charging -> car1 ends 0
-    * All three cases happened.
+    === A cloud, a ring of three brokers, and three stations with one spot each
+    city begins P1=1 P3=1 P5=1
+    === Case 1: car1 asks server1, which has a free spot
+    car1 drives speed=4 charges=1 -> P1 says <-.car1.*charging
+    === Case 2: server1 is full, and soon server2, too: car2 takes its spot
+    car2 drives at=C speed=4 charges=1 -> P3 says <-.car2.*charging
+    === ... so car3, which asks server1, is sent on to server3
+    car3 drives battery=24 speed=4 charges=1
+    cloud says ->.server2.+car3- -> P5 says <-.car3.*charging
+    === Case 3: no spot is free anywhere: car4 waits until car1 leaves
+    car4 drives speed=4 charges=1; says full
+    P1 says <-.car1.*leaves <-.car4.*charging -> car1 ends 0
+    === All three cases happened.
     """
 
 
 def run_demo():
     """Ends with an AssertionError if one of the three cases does not happen."""
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    logging.raiseExceptions = False     # that nobody listens is no reason to stop
-    Part.show = show = logging.info
-    show("=== A cloud, a ring of three brokers, and three stations with one spot each")
-    city = City(P1=1, P3=1, P5=1)
-    try:
-        city.begin()
-        for title, story in stories(DEMO):
-            show(f"=== {title}")
-            city.plays(story)
-    finally:
-        for stop in signal.SIGTERM, signal.SIGINT:      # its parts must end first
-            signal.signal(stop, signal.SIG_IGN)
-        city.erase()
+    for stop in signal.SIGTERM, signal.SIGINT:      # a shell may have us ignore it
+        signal.signal(stop, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        Story().plays(DEMO)
+    for stop in signal.SIGTERM, signal.SIGINT:      # its parts must end first
+        signal.signal(stop, signal.SIG_IGN)
+    logging.disable()           # how they miss each other now tells nothing
+    sys.exit()
 
 
-FARED = ["by its own broker", "one broker further", "two brokers further",
-         "further on", "refused", "late", "missing", "double"]
+FARED = "by its own broker", "round the ring", "refused", "late", "missing", "double"
 
 
-class RushedCar(RawClient):
-    """One of many that ask the running city at once, at the end of a connection.
-
-    Their spots are free again when the leases end.
-    """
-    def __init__(self, city, name, place):
+def line_up(city, count):
+    """Cars of the running city, each at the end of a connection; their requests. (Their
+    spots are free again when the leases end.)"""
+    dice = random.Random(SEED)
+    for n in range(count):
+        place = dice.choice([*city.places])
         node = city.broker_of(place)
-        self.topic = f"{node.name}/cars/{name}"
-        self.wish = json.dumps({"id": f"{name}-1", "at": place, "range": 60})
-        self.replies = []
-        self.took = 0       # ms until the first one
-        hello = connect(name, name, cloud_server.mqtt_password(name), flags=194)
-        super().__init__(socket.create_connection((node.host, node.mqtt), DEADLINE),
-                         hello)
-        self.expect(WELCOME).subscribes(f"{self.topic}/reply")
-
-    def notes(self, reply, ms):
-        self.replies.append(reply)
-        self.took = self.took or ms
-
-    def fared(self):
-        if len(self.replies) != 1:
-            return "double" if self.replies else "missing"
-        [reply] = self.replies
-        if self.took > 9000:
-            return "late"
-        return FARED[min(3, len(reply["asked"]) - 1)] if reply["station"] else "refused"
+        name = f"rush{SEED}-{n}"
+        topic = f"{node.name}/cars/{name}"
+        car = RawClient(socket.create_connection((node.host, node.mqtt), DEADLINE))
+        car.send(connect(name, name, cloud_server.mqtt_password(name), flags=194))
+        car.expect(WELCOME).subscribes(f"{topic}/reply")
+        wish = {"id": f"{name}-1", "at": place, "range": 60}
+        yield car, publish(f"{topic}/request", json.dumps(wish))
 
 
 def rush(city, count):
-    """Returns the exit status: 1 if a reply is late, missing or double."""
-    dice = random.Random(SEED)
-    cars = [RushedCar(city, f"rush{SEED}-{n}", dice.choice([*city.places]))
-            for n in range(count)]
+    """All ask at once. Exit status 1: a reply is late, missing or double."""
+    cars = dict(line_up(city, count))
     ready = selectors.DefaultSelector()
     for car in cars:
         ready.register(car.socket, selectors.EVENT_READ, car)
     began = time.monotonic()
-    for car in cars:
-        car.sends(f"{car.topic}/request", car.wish)
-    missing = count
-    while missing and time.monotonic() < began + 9 + SLACK:
+    for car, request in cars.items():
+        car.send(request)
+    took = {}       # car: the ms until its reply
+    while len(took) < count and time.monotonic() < began + 9 + SLACK:
         for key, _ in ready.select(0.1):
-            missing -= not key.data.replies
-            reply = key.data.reply()
-            key.data.notes(reply, 1000 * (time.monotonic() - began))
+            key.data.receive()
+            took.setdefault(key.data, 1000 * (time.monotonic() - began))
     seconds = time.monotonic() - began
     for car in cars:
-        for _ in car.send(PING).expect(PONG).early:     # late, or double
-            car.notes({"station": None}, 1000 * (time.monotonic() - began))
+        car.send(PING).expect(PONG)     # it has heard all now, if late, or twice
         car.send(GOODBYE).socket.close()
-    return report(city, cars, seconds)
+    return report(city, cars, took, seconds)
 
 
-def report(city, cars, seconds):
-    times = {fared: [] for fared in FARED}
+def report(city, cars, took, seconds):
+    times = {row: [] for row in FARED}
+    offers = collections.Counter()
     for car in cars:
-        times[car.fared()].append(car.took)
-    offers = collections.Counter(
-        reply["station"] for car in cars for reply in car.replies)
-    for name in city.stations():        # a spot that was promised twice
-        times["double"] += [0] * (offers[name] - city.places[name]["spots"])
+        ms = took.get(car, math.inf)
+        row = "missing"
+        for packet in car.came[True]:
+            packet.topic()
+            reply = json.loads(packet.read())
+            name = reply["station"]
+            offers[name] += 1
+            if row != "missing":
+                row = "double"
+            elif ms > 9000:
+                row = "late"
+            elif name is None:
+                row = "refused"
+            elif offers[name] > city.places[name]["spots"]:
+                row = "double"      # that spot was promised to somebody else, too
+            else:
+                row = FARED[0] if len(reply["asked"]) == 1 else FARED[1]
+        times[row].append(ms)
     print(f"{'':24}{'cars':>6}{'median':>12}{'99 %':>12}{'slowest':>12}")
-    for fared, ms in times.items():
+    for row, ms in times.items():
         ms.sort()
-        marks = [ms[len(ms) // 2], ms[len(ms) * 99 // 100], ms[-1]] if any(ms) else []
-        print(f"{fared:24}{len(ms):6}" + "".join(f"{mark:9.1f} ms" for mark in marks))
+        marks = [ms[len(ms) // 2], ms[len(ms) * 99 // 100], ms[-1]] if ms else []
+        print(f"{row:24}{len(ms):6}" + "".join(f"{mark:9.1f} ms" for mark in marks))
     count = len(cars) - len(times["missing"])
     print(f"{count} replies in {seconds:.2f} s: {count / seconds:.0f} a second")
-    return int(any(times[fared] for fared in ("late", "missing", "double")))
-
-
-def run_rush(city, count):
-    cloud_server.raise_file_limit()
-    try:
-        return rush(city, count)
-    except OSError as fault:
-        print(f"rush hour needs a city that runs: {fault}")
-        return 1
+    return int(any(times[row] for row in FARED[3:]))
 
 
 # --- One function or object at a time -------------------------------------------------
@@ -1649,26 +1556,20 @@ def main():
     parser.add_argument("--demo", action="store_true", help="the city, as a story")
     parser.add_argument("--rush", metavar="N", type=int,
                         help="N cars (at most 5000) ask the running city at once")
-    parser.add_argument("--config", metavar="FILE", default=ring.SERVERS,
-                        help="that city (servers.json beside the scripts)")
-    args, rest = parser.parse_known_args()
-    for stop in signal.SIGTERM, signal.SIGINT:      # a shell may have us ignore it
-        signal.signal(stop, signal.default_int_handler)
-    try:
-        cloud_server.KEY = EV_KEY
-        cloud_server.check_key()
-        city = ring.load(args.config)
-    except ring.Invalid as fault:
-        cloud_server.give_up(fault)
+    args, city = cloud_server.start_up(parser)
+    if args.demo:
+        run_demo()
     if args.rush is not None:
         if not 1 <= args.rush <= 5000:
             parser.error("--rush takes 1 to 5000 cars")
-        sys.exit(run_rush(city, args.rush))
-    cloud_server.KEY = ""               # the others have a city of their own
-    if args.demo:
         with cloud_server.until_stopped():
-            run_demo()
-    unittest.main(argv=[sys.argv[0], *rest])
+            try:
+                sys.exit(rush(city, args.rush))
+            except OSError as fault:
+                sys.exit(f"rush hour needs a city that runs: {fault}")
+    logging.disable()       # the parts of these tests tell their stories to nobody
+    threading.excepthook = threading.__excepthook__
+    unittest.main(argv=sys.argv[:1])
 
 
 if __name__ == "__main__":
