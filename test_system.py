@@ -1,8 +1,7 @@
 """The tests: short stories about the city, from its smallest part to all of it.
 
     python3 test_system.py                    all of it
-    python3 -m unittest test_system.Drills    a chapter of it; with -v story by story,
-                                              with -k WORD those with it in the title
+    python3 -m unittest test_system.Drills    a chapter; -v: each story; -k WORD: some
     STORM=60 SEED=7 python3 test_system.py    the storm for a minute, with these numbers
     python3 test_system.py --demo             the whole city in one terminal, as a story
     python3 test_system.py --rush 1000        rush hour in the city that runs
@@ -71,14 +70,13 @@ def setUpModule():
 
 
 def wait_until(condition, what, seconds=DEADLINE):
-    """Look again and again until the condition holds."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
         with suppress(ConnectionError):     # whom it asks is not up yet
             if condition():
                 return
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
         time.sleep(0.01)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 # --- Stories --------------------------------------------------------------------------
@@ -202,8 +200,8 @@ class Part:
         self.command = [*map(str, command)]
         self.popen = popen
         self.lines = []
-        self.comes_back()
         atexit.register(self.erase)     # whatever happens to the tests
+        self.comes_back()
 
     def comes_back(self):
         self.read = len(self.lines)     # what it said before counts no more
@@ -254,7 +252,6 @@ class Part:
         self.process.send_signal(signal.SIGCONT)
 
     def is_well(self):
-        """No bug has shown."""
         assert "Traceback" not in str(self.lines), "\n".join(self.lines)
 
     def stop(self):
@@ -319,18 +316,19 @@ class City:
         self.spots = spots
         self.file = describe(free_ports(10), **spots)
         self.brokers = {entry["name"]: entry for entry in self.file["brokers"]}
+        if mosquitto:           # one MQTT server for all brokers
+            for entry in self.file["brokers"]:
+                entry["mqtt"] = self.brokers["server1"]["mqtt"]
         self.cast = {}
         self.leftovers = ExitStack()
         folder = self.leftovers.enter_context(tempfile.TemporaryDirectory())
         self.config = Path(folder, "servers.json")
+        self.config.write_text(json.dumps(self.file))
 
     def begin(self):
-        if self.options:        # one MQTT server for all brokers
+        if self.options:
             port = self.brokers["server1"]["mqtt"]
-            for entry in self.file["brokers"]:
-                entry["mqtt"] = port
             self.cast["mosquitto"] = Part(MOSQUITTO, "-p", port).says("running")
-        self.config.write_text(json.dumps(self.file))
         self.start("cloud_server.py", "cloud")
         for name in self.brokers:
             self.start("broker.py", name, name, *self.options)
@@ -368,8 +366,7 @@ class City:
         if body:
             lines.append(f"Content-Length: {len(body)}")
         lines += ["", f"{body}GET /hidden HTTP/1.1", "", ""]
-        said = "\r\n".join(lines).encode()
-        return self.raw(f"{to} http").closed(said).decode()
+        return self.raw(f"{to} http").closed("\r\n".join(lines).encode()).decode()
 
     def get(self, request, body="", to="server1"):
         _, _, answer = self.http(request, body, to=to).partition("\r\n\r\n")
@@ -394,7 +391,6 @@ class City:
     # --- the verbs of the stories
 
     def drives(self, name, at="A", battery=20, speed=20, charges=9):
-        """A real car.py."""
         self.start("car.py", name, name, "--at", at, "--battery", battery, "--speed",
                    speed, "--charges", charges)
 
@@ -455,13 +451,13 @@ HANDSHAKE = [[], ["PUBACK"], ["PUBREC", "PUBREL", "PUBCOMP"]]   # after PUBLISH,
 
 
 class RawClient:
-    """A connection, byte by byte, over a socket or a Wire. Some methods return it, so
-    that its story chains. That nothing comes is shown by a ping: it would come before
-    the answer to that."""
+    """A connection, byte by byte, over a socket or a Wire. That nothing comes is shown
+    by a ping: it would come before the answer to that."""
     def __init__(self, connection, *first):
         self.socket = connection
         self.buffer = bytearray()
-        self.came = {True: [], False: []}       # messages; other packets
+        self.messages = []  # that came, and nobody has looked at them yet
+        self.others = []    # and other packets
         self.ids = []       # the packet ids of the messages that were heard
         self.send(*first)
 
@@ -499,28 +495,28 @@ class RawClient:
         line, _, self.buffer = self.buffer.partition(b"\n")
         return json.loads(line)
 
-    def packet(self, is_message=False):
-        """The next message, or the next one of the others."""
-        while not self.came[is_message]:
-            came = bytes(self.buffer)
+    def packet(self, among):
+        """The next one among the messages, or among the others."""
+        while not among:
             packet = broker.take_packet(self.buffer)
-            if packet:
-                packet.bytes = came[:len(came) - len(self.buffer)]
-                self.came[packet.first in broker.PUBLISHES].append(packet)
-            else:
+            if packet is None:
                 assert self.receive(), "the server has closed the connection"
-        return self.came[is_message].pop(0)
+                continue
+            packet.bytes = broker.encode(packet.first, packet.getvalue())
+            is_message = packet.first in broker.PUBLISHES
+            (self.messages if is_message else self.others).append(packet)
+        return among.pop(0)
 
     def expect(self, *packets):
         """These come, in this order, and maybe messages."""
         for expected in packets:
-            got = self.packet().bytes
+            got = self.packet(self.others).bytes
             assert got == expected, f"{got}, not {expected}"
         return self
 
     def hears(self, topic, payload="x", qos=0, retain=0, dup=0, again=0):
         """This is the next message. again=2: the one before the last one had its id."""
-        got = self.packet(is_message=True)
+        got = self.packet(self.messages)
         got.topic()
         self.ids.append(got.number() if qos else 0)
         expected = publish(topic, payload, qos, retain, dup, self.ids[-1])
@@ -560,7 +556,7 @@ class RawClient:
     def quiet(self):
         """The server lives, and had nothing more to say to us."""
         self.send(PING).expect(PONG)
-        assert not self.came[True], f"unexpected: {self.came[True][0].bytes}"[:300]
+        assert not self.messages, f"unexpected: {self.messages[0].bytes}"[:300]
 
 
 # --- The demo, and rush hour ----------------------------------------------------------
@@ -594,13 +590,12 @@ def run_demo():
     sys.exit()
 
 
-FARED = "by its own broker", "round the ring", "refused", "late", "missing", "double"
-
-
-def line_up(city, count):
-    """Cars of the running city, each at the end of a connection; their requests. (Their
-    spots are free again when the leases end.)"""
+def rush(city, count):
+    """So many cars ask the running city at once, each at the end of a connection. Exit
+    status 1: a reply is late, missing or double."""
     dice = random.Random(SEED)
+    ready = selectors.DefaultSelector()
+    requests = {}       # by car; their spots are free again when the leases end
     for n in range(count):
         place = dice.choice([*city.places])
         node = city.broker_of(place)
@@ -609,38 +604,32 @@ def line_up(city, count):
         car = RawClient(socket.create_connection((node.host, node.mqtt), DEADLINE))
         car.send(connect(name, name, cloud_server.mqtt_password(name), flags=194))
         car.expect(WELCOME).subscribes(f"{topic}/reply")
-        wish = {"id": f"{name}-1", "at": place, "range": 60}
-        yield car, publish(f"{topic}/request", json.dumps(wish))
-
-
-def rush(city, count):
-    """All ask at once. Exit status 1: a reply is late, missing or double."""
-    cars = dict(line_up(city, count))
-    ready = selectors.DefaultSelector()
-    for car in cars:
         ready.register(car.socket, selectors.EVENT_READ, car)
+        wish = {"id": f"{name}-1", "at": place, "range": 60}
+        requests[car] = publish(f"{topic}/request", json.dumps(wish))
     began = time.monotonic()
-    for car, request in cars.items():
+    for car, request in requests.items():
         car.send(request)
-    took = {}       # car: the ms until its reply
+    took = {}           # by car: the ms until its reply
     while len(took) < count and time.monotonic() < began + 9 + SLACK:
         for key, _ in ready.select(0.1):
             key.data.receive()
             took.setdefault(key.data, 1000 * (time.monotonic() - began))
     seconds = time.monotonic() - began
-    for car in cars:
-        car.send(PING).expect(PONG)     # it has heard all now, if late, or twice
+    for car in requests:
+        car.send(PING).expect(PONG)     # so what is late, or double, has come
+        took.setdefault(car, 1000 * (time.monotonic() - began))
         car.send(GOODBYE).socket.close()
-    return report(city, cars, took, seconds)
+    return report(city, took, seconds)
 
 
-def report(city, cars, took, seconds):
-    times = {row: [] for row in FARED}
+def report(city, took, seconds):
+    times = {row: [] for row in ("by its own broker", "round the ring", "refused",
+                                 "late", "missing", "double")}
     offers = collections.Counter()
-    for car in cars:
-        ms = took.get(car, math.inf)
+    for car, ms in took.items():
         row = "missing"
-        for packet in car.came[True]:
+        for packet in car.messages:
             packet.topic()
             reply = json.loads(packet.read())
             name = reply["station"]
@@ -653,17 +642,19 @@ def report(city, cars, took, seconds):
                 row = "refused"
             elif offers[name] > city.places[name]["spots"]:
                 row = "double"      # that spot was promised to somebody else, too
+            elif len(reply["asked"]) > 1:
+                row = "round the ring"
             else:
-                row = FARED[0] if len(reply["asked"]) == 1 else FARED[1]
+                row = "by its own broker"
         times[row].append(ms)
     print(f"{'':24}{'cars':>6}{'median':>12}{'99 %':>12}{'slowest':>12}")
     for row, ms in times.items():
         ms.sort()
         marks = [ms[len(ms) // 2], ms[len(ms) * 99 // 100], ms[-1]] if ms else []
         print(f"{row:24}{len(ms):6}" + "".join(f"{mark:9.1f} ms" for mark in marks))
-    count = len(cars) - len(times["missing"])
+    count = len(took) - len(times["missing"])
     print(f"{count} replies in {seconds:.2f} s: {count / seconds:.0f} a second")
-    return int(any(times[row] for row in FARED[3:]))
+    return int(any(times[row] for row in ("late", "missing", "double")))
 
 
 # --- One function or object at a time -------------------------------------------------
