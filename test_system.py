@@ -121,7 +121,7 @@ class Story(unittest.TestCase):
         for line in story.strip().splitlines():
             told, _, _ = line.strip().partition(" # ")
             try:
-                if told.startswith("==="):
+                if told.startswith("==="):      # what comes now, for the demo to show
                     logging.info(told)
                 elif told.startswith(("assert ", ">>> ")):
                     exec(told.removeprefix(">>> "), globals(), {"self": self})
@@ -1559,7 +1559,7 @@ def main():
             except OSError as fault:
                 sys.exit(f"rush hour needs a city that runs: {fault}")
     logging.disable()       # the parts of these tests tell their stories to nobody
-    threading.excepthook = threading.__excepthook__
+    threading.excepthook = threading.__excepthook__     # nor does a fault end us all
     unittest.main(argv=sys.argv[:1])
 
 
