@@ -23,7 +23,6 @@ import base64
 import collections
 import concurrent.futures
 import copy
-import functools
 import heapq
 import io
 import itertools
@@ -485,7 +484,8 @@ class RawClient:
         self.send(*last).socket.shutdown(socket.SHUT_WR)
         self.closed()
 
-    goes = functools.partialmethod(vanish, GOODBYE)
+    def goes(self):
+        self.vanish(GOODBYE)
 
     def asks(self, request):
         """The answer to a line of JSON."""
