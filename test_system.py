@@ -134,17 +134,14 @@ class Story(unittest.TestCase):
             who, _, steps = sentence.partition(" ")
             for step in steps.split(";"):
                 verb, *words = step.split()
+                act = getattr(self, verb, getattr(self.city, verb, None))
+                if act:
+                    words.insert(0, who)
+                else:
+                    act = getattr(self.cast[who], verb)
                 named = [word.split("=") for word in words if "=" in word]
-                self.act(who, verb,
-                         *[meaning(word) for word in words if "=" not in word],
-                         **{key: meaning(word) for key, word in named})
-
-    def act(self, who, verb, *words, **named):
-        act = getattr(self, verb, getattr(self.city, verb, None))
-        if act:
-            act(who, *words, **named)
-        else:
-            getattr(self.cast[who], verb)(*words, **named)
+                act(*[meaning(word) for word in words if "=" not in word],
+                    **{key: meaning(word) for key, word in named})
 
     def patch(self, *where):
         patch = mock.patch.object(*where)
