@@ -22,9 +22,7 @@ import atexit
 import base64
 import collections
 import concurrent.futures
-import copy
 import heapq
-import io
 import itertools
 import json
 import logging
@@ -42,7 +40,7 @@ import tempfile
 import threading
 import time
 import unittest
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -86,6 +84,11 @@ def rows(table):
             for line in table.strip().splitlines()]
 
 
+def stories(text):
+    """[title, its lines] of each story in a text."""
+    return [story.partition("\n")[::2] for story in re.split(r"(?m)^ *\* ", text)[1:]]
+
+
 def meaning(word):
     """A number, or another value of JSON, or the word itself."""
     with suppress(ValueError):
@@ -100,8 +103,7 @@ class Story(unittest.TestCase):
     city = None
 
     def __init_subclass__(cls):
-        for story in re.split(r"(?m)^ *\* ", cls.STORIES)[1:]:
-            heading, _, lines = story.partition("\n")
+        for heading, lines in stories(cls.STORIES):
             title, _, city = heading.partition(" | ")
             name = "_".join(re.findall(r"\w+", title.lower()))
 
@@ -674,7 +676,7 @@ class Ring(Story):
         * file CITY
             "cloud":            | "Cloud":; "cloud": 5, "Cloud": | no cloud; no object
             127.0.0.1           | a..b      | not a host name
-            5002                | 65536     | not a port
+            5008                | 65536     | not a port
             server2             | server1; P1   | a name given twice
             "roads":            | "roads": [], "roads": | a key given twice
             "broker": "server1" | "broker": "server9"   | an unknown broker
@@ -699,7 +701,7 @@ class Ring(Story):
 
     def setUp(self):
         self.city = City(P1=2, P3=1)        # only its file: nobody starts
-        self.addCleanup(self.city.erase)
+        self.addCleanup(self.city.end)
         self.map = ring.load(self.city.config)
 
     def reads(self, kind, words):
