@@ -79,10 +79,10 @@ class Client:
           ^                       |                     |
           +-----------------------+--------lose---------+  tried again after 1 s
 
-    It never raises. While it is not up, what is published is dropped: all that counts
-    is said again (soft state). Each one has a new paho client, so nothing unsent of the
-    old one comes later. What to say first (`greet`), what to do with a message (`hear`)
-    and the last `will` are the business of stations and cars.
+    A lost connection raises nothing. While it is not up, what is published is dropped:
+    all that counts is said again (soft state). Each connection has a new paho client,
+    so nothing unsent of the old one comes later. Stations and cars say in their own way
+    what comes first (`greet`), how they `hear` a message, and what is their last `will`.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
