@@ -755,7 +755,7 @@ class Fog(Node):
             station: {"station": station, "spots": city.places[station]["spots"],
                       "free": 0, "cars": {}, "life": 0} for station in stations}
         self.turns = {station: asyncio.Semaphore(CLAIMS) for station in stations}
-        self.breaker = Breaker()             # for stations
+        self.breaker = Breaker()            # for stations
         self.cars = {}                      # what each car said last, the latest last
         self.awaited = {}                   # (station, claim id): a future, its answer
         self.requests = {"local": 0, "ring": 0, "refused": 0}
@@ -779,7 +779,7 @@ class Fog(Node):
             return 0        # these count when they are said, not when they are repeated
         try:
             if kind == "stations":
-                self.breaker.answered(name)      # it speaks, so it is asked again
+                self.breaker.answered(name)     # it speaks, so it is asked again
             self.HEARS[f"{kind}/+/{what}"](self, name, message.payload)
         except Invalid as fault:
             self.tell("<-", name, what, f"is invalid: {fault}")

@@ -112,11 +112,11 @@ class Car(Client):
         self.reply = None
         self.become("asking")
         self.say_request()
-        waited = 0.0                # s connected, but without a reply
+        waited = 0.0                # s since it was said last
         while self.reply is None and waited < REPLY_WAIT:
-            seconds = self.pass_time()
-            if self.is_up:
-                waited += seconds
+            waited += self.pass_time()
+            if not self.is_up:
+                waited = 0.0        # `greet` will say it again
         return self.reply
 
     def wait(self, seconds):

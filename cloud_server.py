@@ -44,7 +44,7 @@ except ImportError:     # Windows does not count file descriptors
 KEY = os.environ.get("EV_KEY", "")  # set on every part, it closes every door
 LIMIT = 64 * 1024   # bytes of a line, an HTTP body, an MQTT packet
 ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many cars
-GUEST_WAIT = 10     # s for a guest's first question; a wrong key is its last one
+GUEST_WAIT = 10     # s for a guest's first good question
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
 CREW = 32           # threads of a part that wait for other parts in its place
@@ -297,7 +297,7 @@ class Breaker:
     NEVER = 0.0, 10         # left out until then; s to be left out the next time
 
     def __init__(self):
-        self.left_out = {}    # who: such a pair
+        self.left_out = {}  # who: such a pair
 
     def is_open(self, who):
         until, _ = self.left_out.get(who, self.NEVER)

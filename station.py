@@ -81,8 +81,8 @@ class Client:
 
     A lost connection raises nothing. While it is not up, what is published is dropped:
     all that counts is said again (soft state). Each connection has a new paho client,
-    so nothing unsent of the old one comes later. Stations and cars say in their own way
-    what comes first (`greet`), how they `hear` a message, and what is their last `will`.
+    so nothing unsent of the old one comes later. Stations and cars have their own ways
+    to `greet` a broker and to `hear` a message, and each its last `will`.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
@@ -223,7 +223,7 @@ class Station(Client):
         with suppress(Stopped):
             while True:
                 if self.attend() > FROZEN:      # claims sent meanwhile are yet unread
-                    self.hears_since = self.last_look
+                    self.hears_since = max(self.hears_since, self.last_look)
                 elif self.is_up:
                     self.end_leases()
         self.say_goodbye()
