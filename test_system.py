@@ -660,32 +660,33 @@ def report(city, took, seconds):
 
 class Ring(Story):
     """ring.py and cloud_server.py: what fits, the roads, bad starts, and hung parts."""
+    MAP = ring.City(describe(P1=2, P3=1))
+    OFFER = ('{"id": "a-1", "station": "P1", "broker": "server1", "km": 2.5, '
+             '"route": ["A"], "lease": 15, "asked": ["server1"]}')
     # Good texts. Below each: what stands there | what makes it bad instead | why.
     TEXTS = """
         * request {"id": "a-1", "car": "ann", "at": "A", "range": 0}
             "a-1" | ""; "a\\nb"; "\\ud800"; "LONG" | empty; two lines; half a letter
             "ann" | "a/b"; "a+"; ["a"]; "LONG" | two levels of a topic; a wildcard
             0     | -1; NaN; true; "5"; DEEP; DIGITS | no number of km; Python's traps
-            }     |                         | cut off
-        * offer {"id": "a-1", "station": "P1", "broker": "server1", "km": 2.5, \
-            "route": ["A"], "lease": 15, "asked": ["server1"]}
+        * offer OFFER
             "a-1" | "a-2"                   | to another request
             15    | 0                       | a spot for no time
             "P1"  | "P3"                    | not a station of that broker
             ["A"] | ["A", 5]; "A"; ["Z"]    | no name; no list; off the map
         * file CITY
-            "cloud":            | "Cloud":; "cloud": 5, "Cloud": | no cloud; no object
+            "cloud": | "Cloud":; "cloud": 5, "Cloud":; "cloud": 5, "cloud": | no cloud
             127.0.0.1           | a..b      | not a host name
             5008                | 65536     | not a port
             server2             | server1; P1   | a name given twice
-            "roads":            | "roads": [], "roads": | a key given twice
             "broker": "server1" | "broker": "server9"   | an unknown broker
             "places": { | "places": {"P/": {"at": [0,0], "broker": "server1"}, | no name
             "spots": 2          | "spots": 0; "spots": 201; "spots": 2.0 | not 1 to 200
             [1, 0]              | [1, 0, 0]; [1, Infinity] | three coordinates; too far
             ["A", "P1"]         | ["A", "Z"]; ["A", "A"]; ["A", "P1", "A"] | not two
         """.replace("LONG", 65 * "n").replace("DEEP", 20_000 * "[").replace(
-            "DIGITS", 5_000 * "9").replace("CITY", json.dumps(describe(P1=2, P3=1)))
+            "DIGITS", 5_000 * "9").replace("OFFER", OFFER).replace(
+            "CITY", json.dumps(describe(P1=2, P3=1)))
     SCRIPTS = r"""
         cloud_server.py --config none.json | ""       | none.json: .*No such
         test_system.py --config none.json  | ""       | none.json
@@ -699,20 +700,15 @@ class Ring(Story):
         car.py                             | "\t "    | EV_KEY
         """
 
-    def setUp(self):
-        self.city = City(P1=2, P3=1)        # only its file: nobody starts
-        self.addCleanup(self.city.end)
-        self.map = ring.load(self.city.config)
-
     def reads(self, kind, words):
         """As the scripts read it."""
         if kind == "file":
-            self.city.config.write_text(words)
-            return ring.load(self.city.config)
+            with mock.patch.object(ring.Path, "read_bytes", lambda _: words.encode()):
+                return ring.load("servers.json")
         value = ring.read_json(words.encode())
         if kind == "offer":
-            return cloud_server.read_reply(self.map, value, "a-1")
-        return cloud_server.read_request(self.map, value)
+            return cloud_server.read_reply(self.MAP, value, "a-1")
+        return cloud_server.read_request(self.MAP, value)
 
     def test_what_fits_and_what_does_not(self):
         """What is not asked for is dropped. The fault is told in one line."""
@@ -739,9 +735,8 @@ class Ring(Story):
         for words, key, fault in rows(self.SCRIPTS):
             script, *options = words.split()
             end = subprocess.run(
-                [sys.executable, HERE / script, "--config", self.city.config, *options],
-                text=True, capture_output=True, timeout=DEADLINE,
-                env=os.environ | {"EV_KEY": json.loads(key)})
+                [sys.executable, HERE / script, *options], text=True, timeout=DEADLINE,
+                capture_output=True, env=os.environ | {"EV_KEY": json.loads(key)})
             self.assertEqual((end.returncode, end.stdout), (2, ""), words)
             self.assertRegex(end.stderr, rf"\A.*{fault}.*\n\Z")
 
@@ -757,20 +752,29 @@ class Ring(Story):
             with cloud_server.listening(host, 1, tell):
                 self.assertEqual(tell.call_count, warnings)
 
-    def test_the_city_is_asked_at_once(self):
-        cloud = cloud_server.Cloud(self.map, mock.Mock())
-        together = threading.Barrier(2)     # however many hang, that is one wait
+    def test_seven_of_nine_brokers_hang(self):
+        """The spot behind them is found by a car that asks every 5 s; no walk takes more
+        than 3.5 s. A look at the whole city asks all of its brokers at once."""
+        self.has_clock(ring, cloud_server)
+        nodes = ring.link([ring.Broker(f"b{n}", "", 0, 0, n) for n in range(1, 10)])
+        cloud = cloud_server.Cloud(self.MAP, mock.Mock())
+
+        def exchange(address, request, seconds):
+            if address == nodes["b9"].address:
+                return self.OFFER.encode()
+            self.clock.now += seconds
+            raise TimeoutError
+        cloud.caller.exchange = exchange
+        for asked in "b2 b3 b4", "b5 b6 b7", "b2 b3 b4", "b5 b6 b7", "b8 b9":
+            end = self.clock.now + 3.5
+            reply = cloud.walk_ring({"id": "a-1", "car": "ann"}, nodes["b1"])
+            self.assertEqual(reply["asked"], asked.split())
+            assert self.clock.now <= end
+            self.clock.now += 5
+        self.assertEqual(reply["station"], "P1")
+        together = threading.Barrier(2)
         cloud.caller.ask = lambda *question: together.wait(DEADLINE)
         assert len(cloud.do_city()["brokers"]) == 2
-
-    def test_a_walk_takes_3_and_a_half_seconds_at_most(self):
-        self.has_clock(ring)
-        nodes = ring.link([ring.Broker(name, "", 0, 0, 0) for name in "abcde"])
-        asked = []
-        for node, seconds in ring.walk(nodes["d"]):     # each of them hangs
-            self.clock.now += seconds
-            asked.append((node.name, seconds))
-        self.assertEqual(asked, [("e", 1.5), ("a", 1.5), ("b", 0.5)])
 
     def test_left_out_for_longer_each_time_until_it_answers(self):
         """Who refuses the connection is not left out, nor is who had only 0.4 s."""
@@ -778,7 +782,7 @@ class Ring(Story):
         caller = cloud_server.Caller()
         hangs = TimeoutError
         for does, seconds, pause in (
-                (ConnectionRefusedError, 1, 0), (hangs, 0.4, 0), (hangs, 0.5, 10),
+                (ConnectionRefusedError, 1, 0), (hangs, 0.4, 0), (hangs, 1, 10),
                 (hangs, 1, 20), (hangs, 1, 40), (hangs, 1, 80), (hangs, 1, 80),
                 ([b'{"error": "key"}'], 1, 0), (hangs, 1, 10)):     # it answers
             caller.exchange = mock.Mock(side_effect=does)
@@ -841,18 +845,16 @@ class Wire(mock.Mock):
         self.shutdown = lambda how: self.server.connection_lost(None)
         self.server = broker.Connection(city.server)
         self.server.connection_made(self)
-        [self.high] = self.set_write_buffer_limits.call_args.args
         return self
 
     def write(self, data):
         assert not self.is_over, "it writes on a connection that is closed"
         self.came += data
-        if len(self.came) > self.high:
+        if len(self.came) > self.set_write_buffer_limits.call_args.args[0]:
             self.server.pause_writing()
 
     def sendall(self, data):
-        if data:
-            self.server.data_received(data)
+        self.server.data_received(data)
         self.city.clock.wait(0.05)
 
     def recv(self, count):
@@ -880,7 +882,6 @@ class Simulation(Story):
         self.comes_back = self.thaws = self.down.remove
         self.said = collections.defaultdict(dict)   # who: {what: in which seconds after
         self.began = 0.0                            # a car has last set out, or asked}
-        self.faults = []
         self.has_clock(station, car, cloud_server, broker)
         self.patch(station, "sleep", self.clock.wait)
         self.patch(station, "mqtt_client", lambda name: Line(
@@ -889,17 +890,18 @@ class Simulation(Story):
         self.patch(cloud_server, "crew", lambda: self)
         self.loop = asyncio.new_event_loop()
         self.loop.time = lambda: self.clock.now
-        self.loop.set_exception_handler(lambda loop, fault: self.faults.append(fault))
+        self.faults = mock.Mock()
+        self.loop.set_exception_handler(self.faults)
         self.loop.run_until_complete(self.open())
         self.clock.run(self.serve)
         self.addCleanup(self.end)
 
     async def open(self):
-        brokers = set(self.map.ring)
-        self.server = broker.MqttServer(brokers, {"server1/state"}, mock.Mock())
+        names = {*self.map.ring}
+        self.server = broker.MqttServer(names, {"server1/state"}, mock.Mock())
         self.server.subscribe_inside("+/+/+/#", self)
         self.server.watch()
-        self.fogs = {name: broker.Fog(name, self.map, mock.Mock()) for name in brokers}
+        self.fogs = {name: broker.Fog(name, self.map, mock.Mock()) for name in names}
         for fog in self.fogs.values():
             fog.attach(self.server)
         self.fog = self.fogs["server1"]
@@ -917,7 +919,7 @@ class Simulation(Story):
         self.clock.wait(10)     # so every request has its reply
         self.loop.close()
         self.clock.wait(0.1)
-        self.assertEqual(self.faults, [])
+        self.faults.assert_not_called()
 
     def submit(self, ask_around, request):
         """As the fog's crew: nobody else has a spot."""
@@ -1017,11 +1019,9 @@ class TheStation(Simulation):
         ann claims P1 held -> bob claims P1 held            # which is heard later
         P1 thaws; waits 14; has bob-charging ann-charging; waits 2; has
     * It remembers once, with whole leases, and no more cars than it has spots | P1=2
-        P1 tells state LEFT retain=1 -> P1 starts; has bob-charging cid-charging
-        P1 waits 13; has bob-charging cid-charging
+        P1 tells state LEFT retain=1 -> P1 starts; waits 13; has bob-charging cid-charging
         P1 tells state LEFT retain=1 -> server1 dies; waits 0.2; comes_back; waits 1.5
         P1 says online:True online:False        # who was started later is the station
-        assert self.cast["P1"].mqtt is None
     """.replace("LEFT", '{"station":"P1","spots":3,"free":0,"life":1,"cars":'
                         '{"ann":"held","bob":"charging","cid":"charging"}}')
 
@@ -1045,9 +1045,8 @@ class TheCar(Simulation):
         server3 dies; waits 11 -> zoe is_at server3; waits 5; is_at server1
     * Without a spot it turns to the next broker | P1=1 P3=1 P6=1
         >>> self.fogs["server2"].deliver = lambda message, qos: 0
-        P6 starts -> server1 dies
-        zoe drives battery=24 speed=0.4; waits 0.9; is_at server1   # after two failures
-        zoe waits 9; says request:A@1; is_at server2
+        P6 starts -> server1 dies -> zoe drives battery=24 speed=0.4; waits 0.9
+        zoe is_at server1; waits 9; says request:A@1; is_at server2 # after two failures
         zoe waits 2; says request:A@11; is_at server3               # or without a reply
         zoe waits 14; is_at server3         # where its spot is, though it is at C now
         max drives at=P1 battery=90 speed=0.4; waits 2.8; is_at server2    # though at A
@@ -1077,18 +1076,16 @@ class TheFog(Simulation):
         A starts; freezes -> P1 starts; freezes -> P2 starts
         ann finds full A P1 after=1 -> ann finds P2 P2
         A thaws; has ann-held -> bob finds A A  # whoever speaks is asked again
-    * An answer counts once, and from whom was asked | P1=1 P2=1
-        P1 starts; freezes -> ann asks; waits 0.1
-        >>> for who, ok in ("P2", False), ("P1", True), ("P1", False): self.tells(who, \
-        "answer", {"id": [*self.fog.awaited][0][1], "car": "ann", "ok": ok, "lease": 9})
-        ann says reply:P1
-    * Sixteen claims at a time, each with an id of its own | P1=200
+    * Sixteen claims at a time, with ids of their own; an answer counts once | P1=9 P2=1
         P1 starts; freezes
         >>> for n in range(40): self.asks(f"c{n}")
         P1 waits 0.1
-        assert len([id for _, id in self.fog.awaited if id.startswith("a-1@")]) == 16
-        P1 waits 0.6                            # the others need not wait for it, too
-        assert self.fog.awaited == {} and self.fog.capacity._value == 2_000
+        >>> self.ids = [id for _, id in self.fog.awaited if id.startswith("a-1@")]
+        >>> for who, ok in ("P2", False), ("P1", True), ("P1", False): self.tells(who, \
+        "answer", {"id": self.ids[0], "car": "c0", "ok": ok, "lease": 9})
+        c0 says reply:P1; waits 0.6             # the others need not wait for it, too
+        assert len(self.ids) == 16 and self.fog.awaited == {}
+        assert self.fog.capacity._value == 2_000
     * A request has its time; and beyond 2,000 it is told to wait at once | P1=2
         >>> self.fog.turns["P1"] = asyncio.Semaphore(0)     # nobody's turn comes
         >>> self.fog.capacity = asyncio.Semaphore(2)
@@ -1100,10 +1097,8 @@ class TheFog(Simulation):
     * What is invalid, or only repeated, changes nothing | P1=1
         P1 tells state {"station":"P2","spots":1,"free":1,"cars":{},"life":1}
         P1 tells state {"station":"P1","spots":1,"free":1,"cars":{}}
-        P1 tells state {"station":"P1","spots":1,"free":1,"cars":{"a/b":"held"},"life":1}
         P1 tells online 1 -> P1 tells answer {"id":"x","car":"ann","ok":true}
         fay tells state {"car":"fay","at":"A","battery":101,"doing":"going"}
-        gus tells state {"car":"gus","at":"A","battery":5,"doing":"flying"}
         ann tells state {"car":"bob","at":"A","battery":5,"doing":"going"}
         assert not (self.fog.cars or self.fog.online or self.fog.states["P1"]["free"])
         >>> self.fog.send = mock.Mock()
@@ -1114,11 +1109,11 @@ class TheFog(Simulation):
         assert "is invalid: request.at" in str(self.fog.tell.mock_calls)
     * Of many cars it remembers those that have spoken last | P1=1
         >>> self.patch(broker, "REMEMBERED", 3)
-        >>> for c in "abcad": self.tells(c, "state", self.GOING | {"car": c})
+        >>> for c in "abcad": self.tells(c, "state", \
+        {"car": c, "at": "A", "battery": 5, "doing": "going"})
         a tells state -
         assert [*self.fog.cars] == ["c", "d"]
     """
-    GOING = {"at": "A", "battery": 5, "doing": "going"}
 
     def asks(self, car, range=50, at="A"):
         self.began = self.clock.now
