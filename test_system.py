@@ -1007,12 +1007,13 @@ class TheStation(Simulation):
 class TheCar(Simulation):
     """car.py: what it decides, and in which second."""
     STORIES = """
-    * A claim every third of a lease; each second, until it is shown | P1=1 P6=1
+    * It claims every third of a lease: held; charging, when it is there | P6=1 P1=1
         P6 starts lease=9 -> zoe drives at=E speed=0.4 charges=1; waits 24
         zoe says claim:P6:held@0,3,6,9 claim:P6:charging@10,13,16 leave:P6@19
         assert b"offline" in self.server.retained["server3/cars/zoe/state"].payload
-        P1 starts -> max drives; waits 0.5 -> P1 freezes; waits 12  # 3 s: it asks anew
-        max says request:A@0 claim:P1:held@0,4 claim:P1:charging@1,2,3,4 request:P1@4,9
+    * Not shown as charging for 3 s it asks anew; refused, it waits
+        P1 starts -> zoe drives; waits 0.5 -> P1 freezes; waits 12
+        zoe says request:A@0 claim:P1:held@0,4 claim:P1:charging@1,2,3,4 request:P1@4,9
     * A broker away costs no spot within a lease of the last claim | P1=1 P6=1
         P6 starts -> zoe drives at=E speed=0.4 charges=1; waits 3
         server3 dies; waits 11; comes_back; waits 11
