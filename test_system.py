@@ -1168,13 +1168,13 @@ class Mqtt(Simulation):
         new | 10 - "MQTT" 05 02 00 00 "" | 20 02 00 01 | another version [-3.1.2-2]
         new | CONNECT 00 ""              | 20 02 00 02 | a session of nobody [-3.1.3-8]
         new | CONNECT 06 "" "server1/cars/ben/x" "" | 20 02 00 05 | another's will
-        eve | CONNECT 02 "x"; f0 00; c0 80 80 80 80 00; c0 81 80 04 | again; type; length
+        eve | CONNECT 02 "x"; f0 00; c0 80 80 80 80 00; c0 81 80 04 | again; type; size
         eve | c1 00; 60 02 00 01; 38 - "t"; 36 - "t" 00 01 | flags; DUP, QoS 0; QoS 3
         eve | 40 03 00 01 00; 62 03 00 01 00; 40 01 00; 32 - "t" 00 00 | length; id 0
         eve | 30 - "a/#"; 30 - ""; 30 - 00 01 00; 30 - 00 01 ff | no topics; no texts
         eve | 30 - "server1/cars/eve2/x"; 30 - "server1/x/eve" | as eve2; as the fog
         eve | 82 02 00 01; a2 02 00 01; a2 - 00 01 ""; 82 - 00 01 "t" 03 | none; QoS 3
-        eve | a2 - 00 01 "a#"; a2 - 00 01 "#/a"; a2 - 00 01 "a+/b" | # or + [-4.7.1-2, 3]
+        eve | a2 - 00 01 "a#"; a2 - 00 01 "#/a"; a2 - 00 01 "a+/b" | #, + [-4.7.1-2, 3]
         """
 
     def test_what_is_not_well_formed(self):
