@@ -155,7 +155,7 @@ class Clock:
     at once, and all goes the same way each time."""
     def __init__(self):
         self.now = 1000.0
-        self.turns = {}         # of each thread that waits, in order: an Event, and when
+        self.turns = {}         # of each thread that waits: an Event, and when
 
     def enter(self, seconds):
         turn = threading.Event()
@@ -187,9 +187,9 @@ class Clock:
 
 class Part:
     """A process, and the lines that it has told so far."""
-    def __init__(self, *command, **popen):
+    def __init__(self, *command, **how):
         self.command = [*map(str, command)]
-        self.popen = {"errors": "replace"} | popen      # as text, whatever it writes
+        self.how = {"errors": "replace"} | how      # as text, whatever it writes
         self.said = ""
         atexit.register(self.erase)     # whatever happens to the tests
         self.comes_back()
@@ -197,7 +197,7 @@ class Part:
     def comes_back(self):
         self.read = len(self.said)      # what it said before counts no more
         self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self.popen)
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self.how)
         self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
 
@@ -211,8 +211,8 @@ class Part:
         """Wait until it has said these, one after the other, after what came before."""
         for pattern in patterns:
             line = re.compile(f"{pattern}.*", re.MULTILINE)
-            found = wait_until(lambda: line.search(self.said, self.read), (pattern, self))
-            self.read = found.end()
+            got = wait_until(lambda: line.search(self.said, self.read), (pattern, self))
+            self.read = got.end()
         return self
 
     def __repr__(self):
@@ -333,9 +333,9 @@ class City:
         token = base64.b64encode(f"me:{self.key}".encode()).decode()
         if body:
             header += f"\r\nContent-Length: {len(body)}"
-        words = (f"{request} HTTP/1.1\r\n{header}\r\nContent-Type: application/json\r\n"
-                 f"Authorization: Basic {token}\r\n\r\n{body}GET /hidden HTTP/1.1\r\n\r\n")
-        return self.raw(f"{to} http").closed(words.encode()).decode()
+        words = [f"{request} HTTP/1.1", header, f"Authorization: Basic {token}",
+                 "Content-Type: application/json", "", f"{body}GET /x HTTP/1.1", "", ""]
+        return self.raw(f"{to} http").closed("\r\n".join(words).encode()).decode()
 
     def get(self, request, body="", to="server1"):
         return json.loads(self.http(request, body, to=to).partition("\r\n\r\n")[2])
@@ -456,8 +456,8 @@ class RawClient:
                 assert self.receive(), "the server has closed the connection"
             else:
                 packet.bytes = broker.encode(packet.first, packet.getvalue())
-                kind = self.messages if packet.first in broker.PUBLISHES else self.others
-                kind.append(packet)
+                box = self.messages if packet.first in broker.PUBLISHES else self.others
+                box.append(packet)
         return among.pop(0)
 
     def expect(self, *packets):
@@ -512,7 +512,7 @@ class RawClient:
 # --- The demo, and rush hour ----------------------------------------------------------
 
 DEMO = """
-    >>> logging.info("=== A cloud, a ring of brokers, three stations with one spot each")
+    >>> logging.info("=== A cloud, a ring of brokers, three stations with a spot each")
     city begins P1=1 P3=1 P5=1
     >>> logging.info("=== Case 1: car1 asks server1, which has a free spot")
     car1 drives speed=4 charges=1 -> P1 says <-.car1.*charging
@@ -556,7 +556,7 @@ def rush(city, count):
 
 
 def report(city, cars, took):
-    """Exit status 1: a reply is late, missing or double, or a spot was promised twice."""
+    """Exit status 1: a reply is late, missing or double, or a spot was given twice."""
     table = collections.defaultdict(list)       # the ms of each row
     offers = collections.Counter()
     for car in cars:
