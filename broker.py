@@ -175,11 +175,23 @@ class Packet(io.BytesIO):
 #     bit    7      6          5            4 3         2      1       0
 #          | user | password | will retain | will QoS | will | clean | reserved |
 
-CONNECT_FLAGS = re.compile(r"""     # the bits, in that order, as text
-    (1. | 00)                   # no password without a user [MQTT-3.1.2-22]
-    (. (00|01|10) 1 | 0000)     # no QoS 3, nothing of no will [-11, -13 to -15]
-    . 0                         # clean or not; reserved [MQTT-3.1.2-3]
-    """, re.VERBOSE)
+class ConnectFlags(NamedTuple):
+    """Each bit: 1 or 0. Which fields follow, and how the will and the session are."""
+    user: int
+    password: int
+    will_retain: int
+    will_qos_2: int
+    will_qos_1: int
+    will: int
+    clean: int
+    reserved: int
+
+    def check(self):
+        need(self.user or not self.password, "no user")         # [MQTT-3.1.2-22]
+        of_will = self.will_retain + self.will_qos_2 + self.will_qos_1
+        need(self.will or of_will == 0, "no will")              # [MQTT-3.1.2-11] to 15
+        need(self.will_qos_2 + self.will_qos_1 < 2, "QoS 3")    # [MQTT-3.1.2-14]
+        need(self.reserved == 0, "a reserved flag")             # [MQTT-3.1.2-3]
 
 
 def encode(first: int, *fields: bytes) -> bytes:
@@ -278,8 +290,8 @@ class Session:
         self.unacked_bytes = 0      # and what they cost
         self.received = set()       # ids of QoS 2 that are not yet released
         self.last_id = 0
-        self.wanted = {}            # filter: QoS; their retained messages are to come,
-        self.begun = {}             # and those of these are coming now
+        self.wanted = {}            # filter: QoS; their retained messages are to come;
+        self.begun = {}             # of these they are coming now (see `hand_out`)
 
     def budget_left(self):
         """What is left of its budget, in bytes."""
@@ -327,7 +339,8 @@ class Session:
             if self.budget_left() < 0:
                 self.connection.drop("acknowledges or releases too little")
             return
-        while self.unacked and self.budget_left() < LIMIT:   # room for its return
+        # (Below LIMIT already, or it might be dropped as soon as it is back.)
+        while self.unacked and self.budget_left() < LIMIT:
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
@@ -364,6 +377,8 @@ class Connection(asyncio.Protocol):
         self.handout = iter(())     # of retained messages, for what its session wants
         self.is_blocked = False     # much is unsent, as asyncio says (pause_writing)
         self.deadline = monotonic() + CONNECT_WAIT
+        self.patience = 0.0         # s without a packet; CONNECT says how many
+        self.pause = 0.0            # s before its next packet
 
     def connection_made(self, transport):
         self.transport = transport
@@ -391,12 +406,10 @@ class Connection(asyncio.Protocol):
         """Do what there is to do, for a slice of time; then it is the others' turn. Who
         makes work, or speaks faster than others can listen, pauses for each message."""
         end = monotonic() + SLICE
-        self.pause = 0      # s, before its next packet
+        self.pause = 0.0
         try:
             while self.do_next():
-                now = monotonic()
-                self.deadline = now + self.patience             # [MQTT-3.1.2-24]
-                if self.pause or now > end:
+                if self.pause or monotonic() > end:
                     self.transport.pause_reading()
                     self.server.loop.call_later(self.pause, self.work)
                     return
@@ -413,6 +426,7 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session and (session.wanted or session.begun) and not session.is_behind():
             if not next(self.handout, False):
+                # None is under way. The first `next` will begin this one:
                 self.handout = self.server.hand_out(session)
             return True
         if not self.buffer:
@@ -424,6 +438,7 @@ class Connection(asyncio.Protocol):
         packet = take_packet(self.buffer)
         if packet:
             self.HANDLERS[first](self, packet)
+            self.deadline = monotonic() + self.patience         # [MQTT-3.1.2-24]
         return packet is not None
 
     # --- CONNECT, DISCONNECT, PINGREQ
@@ -431,26 +446,25 @@ class Connection(asyncio.Protocol):
     def do_connect(self, packet):
         need(packet.text() == "MQTT", "not MQTT")               # [MQTT-3.1.2-1]
         self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
-        bits = f"{packet.number(1):08b}"
-        need(CONNECT_FLAGS.fullmatch(bits), "impossible flags")
-        has_user, has_password, retain, high, low, has_will, clean, _ = map(int, bits)
+        flags = ConnectFlags(*map(int, f"{packet.number(1):08b}"))
+        flags.check()
         keepalive = packet.number() or float("inf")             # 0: there is none
         client_id = packet.text()
-        if has_will:
-            qos = 2 * high + low
-            self.will = Message(packet.topic(), packet.data(), qos, retain)
-        user = packet.text() if has_user else ""
-        password = packet.data() if has_password else b""
+        if flags.will:
+            qos = 2 * flags.will_qos_2 + flags.will_qos_1
+            self.will = Message(packet.topic(), packet.data(), qos, flags.will_retain)
+        user = packet.text() if flags.user else ""
+        password = packet.data() if flags.password else b""
         packet.must_end()
-        self.admit(client_id or clean, "no id for its session", 2)  # [-3.1.3-8]
+        self.admit(client_id or flags.clean, "no id for its session", 2)  # [-3.1.3-8]
         self.admit(may_connect(client_id, user, password), "wrong key", 5)
         if not client_id:
             client_id = f"auto-{secrets.token_hex(8)}"          # [MQTT-3.1.3-6]
         if self.will:
             self.admit(may_publish(client_id, self.will.topic, self.server.brokers),
                        "a will in another's name", 5)
-        self.patience = 1.5 * keepalive     # s without a packet
-        self.server.open_session(self, client_id, clean)
+        self.patience = 1.5 * keepalive
+        self.server.open_session(self, client_id, flags.clean)
 
     def admit(self, condition, why, code):
         """Who may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
@@ -520,7 +534,7 @@ class Connection(asyncio.Protocol):
         codes = []
         for topic_filter in packet.topic_filters():
             qos = packet.number(1)
-            need(qos <= 2, "impossible QoS")                    # [MQTT-3-8.3-4]
+            need(qos <= 2, "impossible QoS")            # [MQTT-3-8.3-4], so written
             codes.append(self.server.subscribe(self.session, topic_filter, qos))
         self.send(encode(SUBACK, pack(packet_id), bytes(codes)))
 

@@ -13,7 +13,7 @@
         CAR --leave--> station                      the spot is somebody else's now
         station --state--> CAR                      am I shown there as charging?
 
-A car owns its battery and its plan, and decides at places only.
+A car owns its battery and its plan, and decides where to go at places only.
 
     python3 car.py [NAME ...] [--at PLACE] ...      these cars; no name: car1
 
@@ -140,17 +140,17 @@ class Car(Client):
     def charge(self):
         """Charge while the station says that we do, until we are full. What its station
         shows is the truth: our own belief could be wrong, if a claim came too late.
-        While the broker is away nobody says no, so we go on."""
+        While the broker is away nobody says no, so we go on, for a lease at most."""
         self.become("charging", "at", self.at)
         self.claim()
-        missing = 0.0               # s here and connected, but not shown as charging
-        while self.offer and self.battery < 100 and missing < SHOWN_WAIT:
+        not_shown = 0.0             # s here and connected, but not shown as charging
+        while self.offer and self.battery < 100 and not_shown < SHOWN_WAIT:
             seconds = self.pass_time()
             if self.shown == "charging":
                 self.battery = min(100.0, self.battery + POWER * seconds)
-                missing = 0.0
+                not_shown = 0.0
             elif self.is_up:
-                missing += seconds
+                not_shown += seconds
 
     def give_back(self):
         """A courtesy: without it the spot would be free after a lease."""

@@ -47,6 +47,7 @@ ANSWER_LIMIT = 16 * 1024 * 1024     # bytes of an answer: a city may have many c
 GUEST_WAIT = 10     # s for a guest's first good question
 LINE_WAIT = 60      # s for each one after it
 BACKLOG = 1024      # connections that may wait for accept(): a rush comes all at once
+A_CHANCE = 0.49     # s to answer in; a walk's third hung broker gets just under 0.5
 CREW = 32           # threads of a part that wait for other parts in its place
 
 
@@ -328,9 +329,7 @@ class Caller:
         try:
             answer = read_object(self.exchange(address, request, seconds))
         except TimeoutError:
-            # A shorter silence proves nothing. (0.49, as the third of three hung
-            # brokers is given just under 3.5 - 1.5 - 1.5 s.)
-            if seconds > 0.49:
+            if seconds > A_CHANCE:      # a shorter silence proves nothing
                 self.breaker.failed(address)
             raise Invalid(f"no answer in {seconds:.1f} s") from None
         except OSError as fault:
@@ -341,16 +340,18 @@ class Caller:
         return answer
 
     def exchange(self, address, request, seconds):
-        """Send a line, read a line. Raises OSError; TimeoutError is one, too."""
+        """Send a line, read a line: over a connection that was kept, or a new one.
+        Raises OSError; TimeoutError is one, too."""
         end = monotonic() + seconds
         if KEY:
             request = request | {"key": KEY}
         line = to_json(request) + b"\n"
-        # The other end of a kept one may have been closed since: then ask once more.
-        # That is harmless, as claims are idempotent. After a time-out we never do.
-        with suppress(IndexError, ConnectionError):     # IndexError: none is kept
+        # The other end of a kept one may have been closed since. Then we ask once more:
+        # that is harmless, as claims are idempotent. After a time-out we never do.
+        try:
             return self.converse(address, self.kept[address].pop(), line, end)
-        # None was kept, or it was closed: open a new one.
+        except (IndexError, ConnectionError):
+            pass                        # none was kept, or it was closed
         host, port = address
         left = max(0.01, end - monotonic())
         connection = socket.create_connection((resolve(host), port), left)
@@ -415,7 +416,7 @@ def outcome(reply: dict) -> str:
 
 def crew():
     """A pool of threads that all start now: later the system may have none left. (A
-    pool starts one only if none is idle: the barrier keeps each busy until all run.)"""
+    pool starts one only if none is idle. At the barrier each waits until all run.)"""
     pool = concurrent.futures.ThreadPoolExecutor(CREW)
     barrier = threading.Barrier(CREW)
     for _ in range(CREW):

@@ -50,8 +50,8 @@ def link(brokers):
 
 
 def walk(home):
-    """Each other broker once, from the next one on, and the seconds for which to wait
-    for its answer, until WALK_WAIT is over. Whoever walks stops at the first offer."""
+    """Yields each other broker once, from the next one on, and the seconds to wait for
+    its answer, until WALK_WAIT is over. Whoever walks stops at the first offer."""
     end = monotonic() + WALK_WAIT
     broker = home.next
     while broker is not home and monotonic() < end:

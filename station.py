@@ -5,8 +5,8 @@
         car --leave----> STATION        it does not need it any more
                          STATION --state, online--> all        (retained)
 
-The life of a spot:   free --claim--> held --claim--> charging --leave--> free
-                                        +--leave, or 15 s without a claim--^
+The life of a spot:     free --claim--> held --claim--> charging
+                        held, charging --leave, or 15 s without a claim--> free
 
 Every promise is a lease: it ends by itself unless it is claimed again, and to claim
 twice is harmless (idempotent). Its broker keeps what a station said last, as a retained
@@ -222,7 +222,7 @@ class Station(Client):
     def live(self):
         with suppress(Stopped):
             while True:
-                if self.attend() > FROZEN:      # claims sent meanwhile are yet unread
+                if self.attend() > FROZEN:      # claims may wait unread: all begin anew
                     self.hears_since = max(self.hears_since, self.last_look)
                 elif self.is_up:
                     self.end_leases()
@@ -253,6 +253,7 @@ class Station(Client):
             uses = state["cars"]
             # There may be fewer spots now: "charging" comes before "held".
             cars = sorted(uses, key=uses.get)[:self.spots]
+            # When they were claimed does not count: `hears_since` is later.
             self.cars = {car: FREE._replace(use=uses[car]) for car in cars}
         elif state["life"] != self.life:
             self.tell(TWICE)
