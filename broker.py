@@ -59,10 +59,10 @@ from station import ANSWER, BOOLEAN, STATE, mqtt_client
 CONNECT_WAIT = 10           # s in which a new connection must have sent its CONNECT
 SLICE = 0.02                # s for one client's packets before it is the others' turn
 ACCEPTS = 8                 # new connections at a time, before `has_room` looks at them
-PAUSE = 0.001               # s that a publisher waits for each KiB to who is behind
+PAUSE = 0.001               # s that a publisher waits for each KiB to one who is behind
 MOMENT = 1e-6               # s of pause after a request, so that others get a turn
 BUDGET = 1024 * 1024        # bytes not yet sent to one client; bytes of all else for it
-OVERHEAD = 128              # bytes that each thing kept counts more than its own size
+OVERHEAD = 128              # bytes counted for each thing kept, on top of its size
 LEVELS = 128                # of a topic or topic filter
 ABSENT = 1_000              # sessions of absent clients
 RETAINED_BYTES = 64 * 1024 * 1024   # of all retained messages together
@@ -176,7 +176,7 @@ class Packet(io.BytesIO):
 #          | user | password | will retain | will QoS | will | clean | reserved |
 
 class ConnectFlags(NamedTuple):
-    """Each bit: 1 or 0. Which fields follow, and how the will and the session are."""
+    """Each bit: 1 or 0. Which fields follow, and what kind of will and session."""
     user: int
     password: int
     will_retain: int
@@ -299,8 +299,8 @@ class Session:
 
     def deliver(self, message, granted):
         """Send a message, with the lower QoS of publisher and subscriber. With QoS 1 or
-        2 it has a packet id, and is kept until it is acknowledged. Returns the s for
-        which its publisher must pause."""
+        2 it has a packet id, and is kept until it is acknowledged. Returns for
+        how many seconds its publisher must pause."""
         qos = min(message.qos, granted)         # [MQTT-3.8.4-6]
         packet_id = self.next_id() if qos else 0
         packet = encode_publish(message, qos, packet_id)
@@ -314,7 +314,7 @@ class Session:
 
     def is_behind(self):
         """More than half of its limit is unsent, or unacknowledged. Then publishers
-        slow down (backpressure), but go on: who never reads is dropped."""
+        slow down (backpressure), but go on: a client that never reads is dropped."""
         return self.connection.is_blocked or self.unacked_bytes > self.budget // 2
 
     def next_id(self):
@@ -403,8 +403,9 @@ class Connection(asyncio.Protocol):
             self.work()
 
     def work(self):
-        """Do what there is to do, for a slice of time; then it is the others' turn. Who
-        makes work, or speaks faster than others can listen, pauses for each message."""
+        """Do what there is to do, for a slice of time; then it is the others' turn. One
+        that makes work, or speaks faster than others listen, pauses for each message.
+        While reading is paused, only `call_later` calls this."""
         end = monotonic() + SLICE
         self.pause = 0.0
         try:
@@ -445,7 +446,7 @@ class Connection(asyncio.Protocol):
 
     def do_connect(self, packet):
         need(packet.text() == "MQTT", "not MQTT")               # [MQTT-3.1.2-1]
-        self.admit(packet.number(1) == 4, "a version but 3.1.1", 1)     # [-3.1.2-2]
+        self.admit(packet.number(1) == 4, "not version 3.1.1", 1)       # [-3.1.2-2]
         flags = ConnectFlags(*map(int, f"{packet.number(1):08b}"))
         flags.check()
         keepalive = packet.number() or float("inf")             # 0: there is none
@@ -467,7 +468,7 @@ class Connection(asyncio.Protocol):
         self.server.open_session(self, client_id, flags.clean)
 
     def admit(self, condition, why, code):
-        """Who may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
+        """Whoever may not connect gets a CONNACK that says why. [MQTT-3.2.2-4]"""
         if not condition:
             self.send(encode(CONNACK, bytes([0, code])))
             raise Invalid(why)
@@ -583,22 +584,23 @@ class Connection(asyncio.Protocol):
         self.flush()
         if self in self.server.connections:
             self.server.connections.remove(self)
-            self.transport.abort()      # who does not read does not get the rest
+            self.transport.abort()      # one that does not read does not get the rest
             self.server.close_session(self, why)
 
 
 class MqttServer:
-    """What the connections share: sessions, subscriptions and retained messages. Who
-    subscribes has a method `deliver(message, QoS granted)`, which returns the s for
-    which the publisher must pause: a Session, or the fog node, without a connection."""
+    """What the connections share: sessions, subscriptions and retained messages. A
+    subscriber is a Session, or the fog node itself, without a connection. It has a
+    method `deliver(message, QoS granted)`, which returns for how many seconds the
+    publisher must pause."""
     def __init__(self, brokers, reserved, tell):
         self.brokers = brokers      # names; below them not everybody may publish
         self.reserved = reserved    # topics whose retained messages always find room
         self.tell = tell
         self.loop = asyncio.get_running_loop()
         self.connections = set()
-        self.present = {}           # client id: its Session; so, too, for those who
-        self.absent = {}            # are not connected, the longest away first
+        self.present = {}           # client id: its Session, while it is connected
+        self.absent = {}            # and while it is not; the longest away first
         self.tree = TopicTree()
         self.retained = {}          # topic: Message
         self.retained_bytes = 0
@@ -672,7 +674,7 @@ class MqttServer:
     def hand_out(self, session):
         """What is retained for new subscriptions [MQTT-3.3.1-6]: what the session has
         wanted is begun, one topic at each `next`, so that in between others have their
-        turn. Who unsubscribes takes a filter out of either table."""
+        turn. UNSUBSCRIBE takes a filter out of either table."""
         session.begun = session.wanted
         session.wanted = {}
         filters = MQTTMatcher()
@@ -691,8 +693,8 @@ class MqttServer:
         self.tree.add(topic_filter, subscriber, 0)      # no session, so nothing is kept
 
     def publish(self, topic, payload, qos=0, retain=False):
-        """To all subscribers; if `retain`, to later ones, too. Returns the s for which
-        the publisher must pause, as one of them has enough to do already."""
+        """To all subscribers; if `retain`, to later ones, too. Returns for how many
+        seconds the publisher must pause, as one of them has enough to do already."""
         message = Message(topic, payload, qos)      # retain is off here [MQTT-3.3.1-9]
         if retain:
             self.retain(message)
@@ -727,7 +729,7 @@ class MqttServer:
 # there is nothing to undo: what nobody claims again is free after a lease.
 #
 # The waits nest (a deadline budget; the README draws it): whoever waits is more patient
-# than the one that he waits for, so nobody gives up on an answer that is about to come.
+# than the one that it waits for, so nobody gives up on an answer that is about to come.
 
 STATION_WAIT = 0.5          # s a station has to answer a claim
 SILENT_STATIONS = 2         # for which one search waits
@@ -925,7 +927,7 @@ class Fog(Node):
         """Ask a station for a spot, in the car's name: its lease, or None for a no.
         Raises asyncio.TimeoutError if it does not answer. The answer is a message, too:
         by the claim's id on_answer finds the future that is awaited here. Only CLAIMS
-        are on their way to one station (a semaphore, as a bulkhead); to wait for one's
+        are on their way to one station (a semaphore, as a bulkhead); waiting for one's
         turn does not count as silence, and by then the station may be full or away."""
         car = request["car"]
         async with self.turns[name]:
@@ -1027,7 +1029,7 @@ class Fog(Node):
 
 class Http(http.server.BaseHTTPRequestHandler):
     """One HTTP request. http.server reads it, and refuses what there is no do_... for.
-    It speaks HTTP/1.0, one request per connection: nothing can hide behind another. Its
+    It speaks HTTP/1.0, one request per connection: none can hide behind another. Its
     own refusals are JSON, too: hence the first two lines."""
     error_content_type = "application/json"
     error_message_format = '{"error": "%(explain)s"}'
@@ -1053,7 +1055,7 @@ class Http(http.server.BaseHTTPRequestHandler):
             if name not in (self.server.host.lower(), "localhost"):
                 ipaddress.ip_address(name)
         except ValueError:
-            raise Invalid("this is not the host that you name") from None
+            raise Invalid("this is not the host you named") from None
 
     def password(self):
         """HTTP Basic authentication: any user name, and the key as password."""
@@ -1119,7 +1121,7 @@ class Http(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def finish(self):
-        """A guest who still sends what we did not read would miss our answer."""
+        """A guest who is still sending what we do not read would miss our answer."""
         with suppress(OSError):         # or it has hung up, or takes too long
             self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read(LIMIT):

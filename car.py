@@ -51,7 +51,7 @@ class Car(Client):
         self.at = at                # the place it is at, or has last passed
         self.battery = battery      # %
         self.speed = speed          # km/s
-        self.charges = charges      # that it has still to do
+        self.charges = charges      # that it still has to do
         self.doing = "driving"
         self.request_id = ""
         self.reply = None           # to that request
@@ -104,8 +104,8 @@ class Car(Client):
         self.charges -= 1
 
     def ask(self):
-        """Ask for a spot. Returns the reply, which may be a refusal, or None. To ask
-        again is harmless: a second spot, elsewhere, would end by itself."""
+        """Ask for a spot. Returns the reply, which may be a refusal, or None.
+        Asking again is harmless: a second spot, elsewhere, would end by itself."""
         # A new id, so that a late reply to an earlier request does not count.
         number = random.randrange(1_000_000)
         self.request_id = f"{self.name[:50]}-{number}"
@@ -146,7 +146,7 @@ class Car(Client):
         not_shown = 0.0             # s here and connected, but not shown as charging
         while self.offer and self.battery < 100 and not_shown < SHOWN_WAIT:
             seconds = self.pass_time()
-            if self.shown == "charging":
+            if self.offer and self.shown == "charging":
                 self.battery = min(100.0, self.battery + POWER * seconds)
                 not_shown = 0.0
             elif self.is_up:
@@ -180,7 +180,7 @@ class Car(Client):
 
     def pass_time(self):
         """Look after connection and spot for a moment. Returns the seconds gone by.
-        Whatever the car does is made of such moments, so it hears and claims always."""
+        Whatever the car does is made of such moments, so it always hears and claims."""
         seconds = self.attend()
         if self.offer:
             self.keep_spot()
@@ -206,7 +206,6 @@ class Car(Client):
             self.tell("->", self.offer["station"], self.request_id,
                       "could not be claimed for a lease: the spot is lost")
             self.offer = None
-            self.shown = None       # so this moment does not charge us any more
         elif since > interval:
             self.claim()
 
@@ -255,7 +254,7 @@ class Car(Client):
             self.say_request()
 
     def say_request(self):
-        """The same words each time, so that to repeat it is harmless."""
+        """The same words each time, so repeating it is harmless."""
         if self.is_up:
             self.tell("->", self.broker.name, self.request_id, "asks for a spot at",
                       f"{self.at} (range {self.range():.1f} km)")
@@ -278,7 +277,7 @@ class Car(Client):
 
     def hear(self, topic, message):
         """Only note it: the step that waits for it will see it, so each step reads from
-        top to bottom. What none waits for is passed over."""
+        top to bottom. What no step waits for is passed over."""
         fields = read_object(message.payload)
         if topic == self.topic("reply"):
             self.reply = read_reply(self.city, fields, self.request_id)

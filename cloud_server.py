@@ -10,7 +10,7 @@ themselves (`Node.walk_ring`).
 
 All scripts share what stands before it: how a part starts, ends and tells its story; a
 TCP server that bad guests cannot hurt (`Door`, `Lines`); the client for it (`Caller`);
-and a circuit breaker (`Breaker`), so that one who hangs costs the city one wait.
+and a circuit breaker (`Breaker`), so a part that hangs costs the city one wait.
 
     python3 cloud_server.py
 
@@ -75,7 +75,7 @@ class Story:
         tell("listens on port 5555")              12:00:00  cloud     listens ...
         tell("->", "server2", "car1-7", "...")    12:00:01  cloud     -> server2  car1-7
 
-    Any thread may tell something: to append to a deque, or copy it, needs no lock.
+    Any thread may tell something: appending to a deque, or copying it, needs no lock.
     """
     def __init__(self, who):
         self.who = who
@@ -87,7 +87,7 @@ class Story:
             arrow, whom, *words = words
             words = arrow, f"{whom:<8}", *words
         text = " ".join(words)[:400]
-        if not text.isprintable():      # a client id from the network may hold anything
+        if not text.isprintable():      # a client id may contain anything
             text = text.encode("unicode_escape").decode()
         line = f"{strftime('%H:%M:%S')}  {self.who:<8}  {text}"
         self.events.append(line)
@@ -132,7 +132,7 @@ def choose_names(args, known, what):
 def check_key():
     try:
         KEY.encode()
-    except UnicodeEncodeError:          # Python's way to say: these bytes are no UTF-8
+    except UnicodeEncodeError:          # Python's way of saying: not UTF-8
         raise Invalid("EV_KEY is not UTF-8") from None
     need(KEY == "" or KEY.strip(), "EV_KEY is nothing but blanks")
 
@@ -164,7 +164,7 @@ def crash(fault):
 @contextmanager
 def until_stopped():
     """Runs its block to the end, or until Ctrl-C or SIGTERM; then exit status 0, at
-    once: no thread that still waits for a silent peer may keep us."""
+    once: no thread that still waits for a silent peer may hold us up."""
     with suppress(KeyboardInterrupt):
         for stop in signal.SIGINT, signal.SIGTERM:
             signal.signal(stop, signal.default_int_handler)
@@ -261,7 +261,7 @@ class Lines(socketserver.StreamRequestHandler):
     """A conversation: a line of JSON comes in, a line of JSON goes out."""
     def handle(self):
         """Answer each line. After one without the key we hang up, and after one that is
-        no JSON object: it may be an HTTP request, which a foreign web page has made a
+        not a JSON object: it may be an HTTP request that a foreign web page has made a
         browser send here, and the next line may be what that page wants to tell us."""
         wait = GUEST_WAIT
         is_ours = True
@@ -293,8 +293,8 @@ class Lines(socketserver.StreamRequestHandler):
 
 class Breaker:
     """A circuit breaker, open for whoever left a question unanswered: for 10 s, then
-    twice as long each time, at most 80 s, until it answers. It needs no lock: all who
-    time out together replace an entry, as a whole, by the same one."""
+    twice as long each time, at most 80 s, until it answers. Many may wait for the same
+    silence: it counts once. No lock: an entry is only ever replaced as a whole."""
     NEVER = 0.0, 10         # left out until then; s to be left out the next time
 
     def __init__(self):
@@ -315,9 +315,9 @@ class Breaker:
 
 
 class Caller:
-    """Asks other parts' doors, for many threads. To open a connection costs more than
-    to ask, so up to 8 idle ones are kept for each address, in a deque, as threads may
-    take them and put them back at the same time; of more the oldest is closed."""
+    """Asks other parts' doors, for many threads. Opening a connection costs more than
+    asking, so up to 8 idle ones are kept for each address, in a deque, as threads may
+    take them and put them back at the same time; beyond that the oldest is closed."""
     def __init__(self):
         self.breaker = Breaker()        # for addresses: (host, port)
         self.kept = collections.defaultdict(lambda: collections.deque(maxlen=8))
@@ -346,10 +346,11 @@ class Caller:
         if KEY:
             request = request | {"key": KEY}
         line = to_json(request) + b"\n"
-        # The other end of a kept one may have been closed since. Then we ask once more:
-        # that is harmless, as claims are idempotent. After a time-out we never do.
+        # The other end may have closed a kept connection. Then we ask anew: that
+        # is harmless, as claims are idempotent. After a time-out we never do.
         try:
-            return self.converse(address, self.kept[address].pop(), line, end)
+            connection = self.kept[address].pop()
+            return self.converse(address, connection, line, end)
         except (IndexError, ConnectionError):
             pass                        # none was kept, or it was closed
         host, port = address
@@ -400,7 +401,7 @@ def read_reply(city: City, fields: dict, request_id: str) -> dict:
 
 
 def refusal(request_id: str | None, reason: str, asked: list[str]) -> dict:
-    """`retry`: s after which to ask again. If it is not "full" that can hardly help."""
+    """`retry`: s after which to ask again; if it is not "full", that hardly helps."""
     retry = 5 if reason == "full" else 60
     return {"id": request_id, "station": None, "reason": reason, "retry": retry,
             "asked": asked}
@@ -434,8 +435,8 @@ class Node:
         self.crew = crew()      # they wait for other parts
 
     def walk_ring(self, request, home):
-        """From the broker after `home` on: an offer, or a refusal. Who does not answer
-        in time is in `asked`, too; who is left out is not asked."""
+        """From the broker after `home` on: an offer, or a refusal. A broker that does
+        not answer in time is in `asked`, too; one that is left out is not."""
         request_id = request["id"]
         asked = []
         for broker, seconds in walk(home):

@@ -112,7 +112,7 @@ def fit(shape, value, what: str):
 
 def read_json(text: bytes, pairs=None):
     """The value of a JSON text in UTF-8. Raises Invalid for whatever is not one.
-    `pairs` makes something else than a dict of an object's (key, value) pairs."""
+    `pairs` makes something other than a dict of an object's (key, value) pairs."""
     try:
         return json.loads(str(text, "utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as fault:
@@ -172,7 +172,7 @@ SPOTS = whole(1, 200)
 def is_host(text) -> bool:
     with suppress(UnicodeError):
         if isinstance(text, str) and text.isprintable():
-            return text.encode("idna") != b""   # as whoever looks it up does first
+            return text.encode("idna") != b""   # as the resolver does first
     return False
 
 
@@ -226,7 +226,7 @@ class City:
         return [name for name, place in self.places.items()
                 if "spots" in place and broker in (None, place["broker"])]
 
-    @functools.cache    # the roads never change, so each start is searched from once
+    @functools.cache    # roads never change, so we search once from each start
     def ways(self, start):
         """Dijkstra's algorithm: the shortest way from `start` to each station that can
         be reached, the nearest one first."""
@@ -243,14 +243,14 @@ class City:
         return {place: found[place] for place in found if "spots" in self.places[place]}
 
     def within_range(self, start, km):
-        """The ways to the stations that are at most so many km away, the nearest first:
+        """The ways to the stations that are at most `km` away, the nearest one first:
         {"P3": Way(7.335, ["A", "C", "P3"]), ...}."""
         return {name: way for name, way in self.ways(start).items()
                 if way.km <= km}
 
 
 def load(path):
-    """Read and check a servers.json. Raises Invalid, which names the file and fault."""
+    """Read and check a servers.json. Raises Invalid, naming the file and the fault."""
     try:
         data = fit(FILE, read_json(Path(path).read_bytes(), unique_keys),
                    "the file")

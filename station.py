@@ -8,7 +8,7 @@
 The life of a spot:     free --claim--> held --claim--> charging
                         held, charging --leave, or 15 s without a claim--> free
 
-Every promise is a lease: it ends by itself unless it is claimed again, and to claim
+Every promise is a lease: it ends by itself unless it is claimed again, and claiming
 twice is harmless (idempotent). Its broker keeps what a station said last, as a retained
 message; after a crash the station reads that back.
 
@@ -81,8 +81,8 @@ class Client:
 
     A lost connection raises nothing. While it is not up, what is published is dropped:
     all that counts is said again (soft state). Each connection has a new paho client,
-    so nothing unsent of the old one comes later. Stations and cars have their own ways
-    to `greet` a broker and to `hear` a message, and each its last `will`.
+    so nothing left unsent by the old one is sent later. Stations and cars have their
+    own ways to `greet` a broker and to `hear` a message, and their own last `will`.
     """
     is_stopping = False     # all of a process at once; the main thread says when
 
@@ -165,7 +165,7 @@ class Client:
             self.mqtt.publish(self.topic(what), to_json(value), qos, retain)
 
     def say_goodbye(self):
-        """In the words of the last will, which the broker then does not need."""
+        """In the words of the last will, so the broker need not publish that."""
         self.publish(*self.will(), retain=True)
         self.close()
 
@@ -254,10 +254,10 @@ class Station(Client):
             # There may be fewer spots now: "charging" comes before "held".
             cars = sorted(uses, key=uses.get)[:self.spots]
             # When they were claimed does not count: `hears_since` is later.
-            self.cars = {car: FREE._replace(use=uses[car]) for car in cars}
+            self.cars = {car: Spot(uses[car], 0.0, "-") for car in cars}
         elif state["life"] != self.life:
             self.tell(TWICE)
-            raise Stopped           # that one says that it is online after this
+            raise Stopped           # that one says only after this that it is online
 
     def go_online(self):
         """Our mark is back: what it has retained has come. From now on we hear claims,
@@ -319,7 +319,7 @@ class Station(Client):
         return True
 
     def end_leases(self):
-        """Who is not heard of for a lease loses its spot: no dead car can block it for
+        """A car not heard from for a lease loses its spot: no dead car can block it for
         ever. After a time when nobody could be heard all leases begin anew."""
         for car, spot in list(self.cars.items()):
             began = max(spot.claimed, self.hears_since)
