@@ -8,9 +8,9 @@
 
 Nothing sleeps: a test waits until something is so, and fails when its deadline is over,
 SLACK later than the city promises. Most stories are texts: a title with a *, and below
-it who does what -> and what comes of it. `P1 dies; comes_back` are two steps of P1: a
-verb, which is a method of the chapter, of the city or of P1 itself, and its words.
-After >>> comes Python, and an assert is Python, too.
+it who does what -> and what comes of it. `P1 dies; shows x k=1` are two steps of P1:
+dies(), a method of its own, and shows("P1", "x", k=1) of the chapter or the city. After
+>>> comes Python, or an assert; each line by itself, so keep what you need in self.NAME.
 
 Read next: the story that interests you. Left out on purpose: how fast things are.
 """
@@ -764,8 +764,8 @@ class Wire(mock.Mock):
 
 
 class Simulation(Story):
-    """Real fog nodes, stations and cars around a real MQTT server; only the network and
-    the time are ours. What they say is noted in short: `claim:P5:held`, `free:2`."""
+    """Real fog nodes, stations and cars around a real MQTT server. Network and time are
+    ours: a message takes 0.1 s. It is noted in short, as one word: `claim:P5:held`."""
     def begins(self, _="city", **spots):
         self.map = ring.City(describe(**spots))
         self.waits = lambda who, seconds: self.clock.wait(seconds)  # all others, too
