@@ -989,7 +989,7 @@ class TheFog(Simulation):
 
     def asks(self, car, range=50, at="A"):
         self.began = self.clock.now
-        self.tells(car, "request", {"id": "a-1", "at": at, "range": range})
+        self.tells(car, "request", {"id": "a-1", "at": at, "range": range, "car": "x"})
 
     def finds(self, car, found, *claimed, after=0, **how):
         self.asks(car, **how)
@@ -1319,7 +1319,7 @@ class Drills(Story):
         dan gets P5 0 server1 server3           # who was silent is left out
         server2 dies -> cloud dies; comes_back; says listens
         eve gets P5 0 server1 server2 server3 -> cloud says server2.*skipped:.*refused
-        cloud dies -> fay gets P5 -> P1 dies; shows offline
+        cloud dies -> fay gets P5 0 server1 server2 server3 -> P1 dies; shows offline
         >>> self.drawn = self.city.http("GET /map")
         assert re.search("the cloud.+P1 no answer.+local 1 / ring 6", self.drawn)
     * The cloud hangs: forty wait for it, but once; ann, nearby, does not notice

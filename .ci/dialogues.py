@@ -146,7 +146,7 @@ def main():
     check_names()
     check_options()
     set_up, *drills = blocks("Break it")
-    [end] = re.findall(r"At the end of all:\s+`(.*)`", section("Break it"))
+    [end] = re.findall(r"At the very end:\s+`(.*)`", section("Break it"))
     [key] = blocks("The key")
     play(set_up, end, [*blocks("Ask by hand"), *blocks("Rush hour")])
     play(set_up, end, drills)
