@@ -285,6 +285,7 @@ class Station(Client):
                 claim = fit(CLAIM, read_object(message.payload), "claim")
                 self.on_claim(fit(NAME, car, "car"), claim)
             case [_, "cars", car, "leave", _] if car in self.cars:
+                read_object(message.payload)        # nothing is in it
                 self.end_lease(car, "leaves")
 
     def on_claim(self, car, claim):

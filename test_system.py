@@ -891,7 +891,7 @@ class TheStation(Simulation):
         ann claims P1 held retain=1 -> bob tells leave/P1 retain=1 -> P1 starts; has
         cid tells leave/P1 -> bob claims P1 held -> eve claims P1 off -> P1 has bob-held
         server1 dies; waits 0.2; comes_back; waits 1.5 -> e\u200be claims P1 held
-        cid claims P1 held -> P1 has bob-held cid-held
+        bob tells leave/P1 now -> cid claims P1 held -> P1 has bob-held cid-held
     * A lease ends by itself, 15 s after the last claim | P1=2
         P1 starts -> ann claims P1 held; waits 10 -> bob claims P1 charging; waits 4
         P1 has ann-held bob-charging; waits 0.8; has bob-charging
