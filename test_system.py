@@ -1281,7 +1281,7 @@ class Doors(Story):
             hello = connect(name, user, cloud_server.mqtt_password("car\n1"), flags=194)
             code = 0 if name == user == "car\n1" else 5
             self.city.raw("server1 mqtt", hello).expect(ack("CONNACK", code))
-        self.city.start("test_system.py", "rush", "--rush", 200).ends(0)
+        self.city.start("test_system.py", "rush", "--rush", 500).ends(0)
         self.assertNotIn("s3:cret", self.city.cast["server1"].said)
 
     def test_who_says_nonsense_or_nothing(self):
