@@ -410,7 +410,9 @@ class Connection(asyncio.Protocol):
         self.pause = 0.0
         try:
             while self.do_next():
-                if self.pause or monotonic() > end:
+                now = monotonic()
+                self.deadline = now + self.patience             # [MQTT-3.1.2-24]
+                if self.pause or now > end:
                     self.transport.pause_reading()
                     self.server.loop.call_later(self.pause, self.work)
                     return
@@ -439,7 +441,6 @@ class Connection(asyncio.Protocol):
         packet = take_packet(self.buffer)
         if packet:
             self.HANDLERS[first](self, packet)
-            self.deadline = monotonic() + self.patience         # [MQTT-3.1.2-24]
         return packet is not None
 
     # --- CONNECT, DISCONNECT, PINGREQ
@@ -607,7 +608,8 @@ class MqttServer:
 
     def watch(self):
         """Cut off whoever has not sent a whole packet in its time: 10 s for the first,
-        then one and a half times the keepalive that it has named. [MQTT-3.1.2-24]"""
+        then one and a half times the keepalive that it has named. [MQTT-3.1.2-24] (While
+        it is given retained messages, we may not be reading: so that does not count.)"""
         for connection in list(self.connections):
             if monotonic() > connection.deadline:
                 connection.close("was silent for too long")
