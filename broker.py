@@ -339,8 +339,7 @@ class Session:
             if self.budget_left() < 0:
                 self.connection.drop("acknowledges or releases too little")
             return
-        # (Below LIMIT already, or it might be dropped as soon as it is back.)
-        while self.unacked and self.budget_left() < LIMIT:
+        while self.unacked and self.budget_left() < LIMIT:  # room to come back with
             self.forget(next(iter(self.unacked)))
 
     def disconnect(self):
@@ -591,9 +590,8 @@ class Connection(asyncio.Protocol):
 
 class MqttServer:
     """What the connections share: sessions, subscriptions and retained messages. A
-    subscriber is a Session, or the fog node itself, without a connection. It has a
-    method `deliver(message, QoS granted)`, which returns for how many seconds the
-    publisher must pause."""
+    subscriber (a Session, or the fog node itself) has `deliver(message, QoS granted)`,
+    which returns for how many seconds the publisher must pause."""
     def __init__(self, brokers, reserved, tell):
         self.brokers = brokers      # names; below them not everybody may publish
         self.reserved = reserved    # topics whose retained messages always find room
@@ -607,9 +605,8 @@ class MqttServer:
         self.retained_bytes = 0
 
     def watch(self):
-        """Cut off whoever has not sent a whole packet in its time: 10 s for the first,
-        then one and a half times the keepalive that it has named. [MQTT-3.1.2-24] (While
-        it is given retained messages, we may not be reading: so that does not count.)"""
+        """Cut off whoever sends no whole packet in its time: 10 s for the first one, then
+        1.5 times its keepalive [MQTT-3.1.2-24]; the time of a hand-out does not count."""
         for connection in list(self.connections):
             if monotonic() > connection.deadline:
                 connection.close("was silent for too long")
