@@ -605,8 +605,8 @@ class MqttServer:
         self.retained_bytes = 0
 
     def watch(self):
-        """Cut off whoever sends no whole packet in its time: 10 s for the first one, then
-        1.5 times its keepalive [MQTT-3.1.2-24]; the time of a hand-out does not count."""
+        """Cut off whoever sends no whole packet in its time: 10 s for the first, later
+        1.5 times its keepalive [MQTT-3.1.2-24]. (A hand-out takes none of it.)"""
         for connection in list(self.connections):
             if monotonic() > connection.deadline:
                 connection.close("was silent for too long")
