@@ -413,7 +413,7 @@ def outcome(reply: dict) -> str:
     return reply["reason"]
 
 
-# --- The cloud, and what a fog node has in common with it ----------------------------
+# --- The cloud, and what a fog node has in common with it -----------------------------
 
 def crew():
     """A pool of threads that all start now: later the system may have none left. (A

@@ -515,15 +515,15 @@ def rush(city, count):
         node = city.broker_of(place)
         name = f"rush{SEED}-{n}"
         topic = f"{node.name}/cars/{name}"
-        car = RawClient(socket.create_connection((node.host, node.mqtt), DEADLINE))
-        car.send(connect(name, name, cloud_server.mqtt_password(name), flags=194))
-        car.expect(WELCOME).subscribes(f"{topic}/reply")
-        ready.register(car.socket, selectors.EVENT_READ, car)
+        client = RawClient(socket.create_connection((node.host, node.mqtt), DEADLINE))
+        client.send(connect(name, name, cloud_server.mqtt_password(name), flags=194))
+        client.expect(WELCOME).subscribes(f"{topic}/reply")
+        ready.register(client.socket, selectors.EVENT_READ, client)
         wish = {"id": name, "at": place, "range": 60}
-        requests[car] = publish(f"{topic}/request", json.dumps(wish))
+        requests[client] = publish(f"{topic}/request", json.dumps(wish))
     began = time.monotonic()
-    for car, request in requests.items():
-        car.send(request)
+    for client, request in requests.items():
+        client.send(request)
     took = {}           # by car: the s until its reply
     while len(took) < count and time.monotonic() < began + 9 + SLACK:
         for key, _ in ready.select(0.1):
@@ -532,24 +532,24 @@ def rush(city, count):
     return report(city, requests, took)
 
 
-def report(city, cars, took):
+def report(city, clients, took):
     """Exit status 1: a reply is late, missing or double, or a spot was given twice."""
     table = collections.defaultdict(list)       # the ms of each row
     offers = collections.Counter()
-    for car in cars:
-        car.send(PING).expect(PONG)     # so what is late, or double, has come
+    for client in clients:
+        client.send(PING).expect(PONG)      # so what is late, or double, has come
         row = "late, missing, double"
-        if len(car.messages) == 1 and took.get(car, 10) < 9:
-            car.messages[0].topic()     # the reply stands behind it
-            reply = json.load(car.messages[0])
+        if len(client.messages) == 1 and took.get(client, 10) < 9:
+            client.messages[0].topic()     # the reply stands behind it
+            reply = json.load(client.messages[0])
             name = reply["station"]
             offers[name] += 1
             if name is None:
                 row = "refused"
             elif offers[name] <= city.places[name]["spots"]:
                 row = "round the ring" if reply["asked"][1:] else "by its own broker"
-        table[row].append(1000 * took.get(car, math.inf))
-        car.goes()
+        table[row].append(1000 * took.get(client, math.inf))
+        client.goes()
     print(f"{'':24}{'cars':>6}{'median':>12}{'99 %':>12}{'slowest':>12}")
     for row, ms in sorted(table.items()):
         ms.sort()
